@@ -1,0 +1,110 @@
+"""Settings of every stage: one pydantic model each, shared by the command line, recipes and the manifest."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from pear_data.weighting import CLIP_LOG_RATIO, CLIP_LOG_WEIGHT, Level
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+INITIAL = "initial"
+BEHAVIOR = "behavior"
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.match(name):
+        raise ValueError(
+            f"{name!r} is no name: letters, digits, '_', '-' and '.', at most 64, a letter or digit first"
+        )
+    return name
+
+
+# Names become folders of the store and columns of the views; nothing read from a corpus ever does.
+Name = Annotated[str, AfterValidator(_check_name)]
+
+
+class Settings(BaseModel):
+    """Unknown keys are errors: a misspelt option must not pass for its default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class IngestSettings(Settings):
+    """Reading and tokenizing a corpus."""
+
+    corpus: list[str] = Field(min_length=1, description="Files, dataset directories, or '-' for stdin.")
+    tokenizer: str = Field(description="Hub name or directory of the initial policy's tokenizer.")
+    revision: str | None = Field(None, description="Revision of the tokenizer on the hub.")
+    chat_template: str | None = Field(
+        None, description="File with a chat template that replaces the tokenizer's; 'none' for raw text."
+    )
+    turns: Literal["last", "all"] | None = Field(
+        None, description="What to score where the chat template rewrites earlier turns."
+    )
+    prompt_field: str | None = Field(None, description="Field that holds the prompt.")
+    response_field: str | None = Field(None, description="Field that holds the response.")
+    id_field: str | None = Field(None, description="Field that holds the sample id.")
+    source_field: str | None = Field(None, description="Field that names where a sample comes from.")
+    label_field: str | None = Field(None, description="Field with 1 (positive) or -1 (negative).")
+    limit: int | None = Field(None, ge=1, description="Read at most this many rows.")
+    max_bad: int | None = Field(None, ge=0, description="Stop when more rows than this are quarantined.")
+    shard_tokens: int = Field(4_000_000, ge=1, description="Tokens per shard, the unit of resuming.")
+    trust_remote_code: bool = Field(False, description="Run code shipped with the tokenizer.")
+
+
+class ScoreSettings(Settings):
+    """Log-probs of the scored tokens under one policy."""
+
+    policy: Name = Field(INITIAL, description="Name the log-probs are stored under.")
+    model: str | None = Field(None, description="Hub name or directory of the policy's model.")
+    revision: str | None = Field(None, description="Revision of the model on the hub.")
+    from_field: str | None = Field(
+        None, description="Take log-probs recorded at generation time from this field of the corpus."
+    )
+    engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="What runs the model.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Model precision.")
+    max_length: int | None = Field(None, ge=2, description="Samples longer than this get status too_long.")
+    trust_remote_code: bool = Field(False, description="Run code shipped with the model.")
+
+
+class WeightSettings(Settings):
+    """Importance weights from two policies' log-probs (method: PEAR 3.2 to 3.7)."""
+
+    level: Level = Field("block", description="Where log-ratios are summed.")
+    block_size: int = Field(4, ge=1, description="Tokens per block (block level).")
+    gamma: float = Field(0.999, gt=0, le=1, description="Discount per token (token and block level).")
+    clip_log_ratio: tuple[float, float] = Field(CLIP_LOG_RATIO, description="Bounds of a token's log-ratio.")
+    clip_log_weight: tuple[float, float] = Field(CLIP_LOG_WEIGHT, description="Bounds of a log-weight.")
+    negative_scale: float = Field(0.0, ge=0, description="Lambda of negatives; 0 drops them from training.")
+    name: Name | None = Field(None, description="Name of the weighting; the level by default.")
+    target: Name = Field(INITIAL, description="Policy in the numerator.")
+    behavior: Name = Field(BEHAVIOR, description="Policy in the denominator.")
+
+    @field_validator("clip_log_ratio", "clip_log_weight")
+    @classmethod
+    def _ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
+        if not bounds[0] <= bounds[1]:
+            raise ValueError(f"{bounds[0]} > {bounds[1]}: the lower bound comes first")
+        return bounds
+
+    @property
+    def stored_name(self) -> str:
+        return self.name or self.level
+
+
+class ExportSettings(Settings):
+    """A weighted dataset for a trainer."""
+
+    out: str = Field(description="Directory to write; must be new or empty.")
+    weights: Name = Field("block", description="Weighting to export.")
+    format: Literal["hf"] = Field("hf", description="Layout of the dataset.")
+
+
+class ReportSettings(Settings):
+    """One self-contained HTML page."""
+
+    out: str = Field(description="HTML file to write.")
+    weights: Name | None = Field(None, description="Weighting to show; all of them by default.")

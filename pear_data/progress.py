@@ -1,0 +1,52 @@
+"""How a stage tells people where it is; the command line draws it, programs may ignore it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a stage did. `rejected` rows are in the quarantine or carry a status other than ok (exit code 3)."""
+
+    summary: str
+    rejected: int = 0
+
+
+class Progress(Protocol):
+    """Where a stage reports to."""
+
+    def say(self, line: str) -> None:
+        """One line for people: what was recognised, chosen or set aside."""
+        ...
+
+    def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
+        """Start counting `unit`s up to `total` (None: unknown), `done` of which an earlier run did."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """`count` more units are done."""
+        ...
+
+    def shard(self, name: str, note: str) -> None:
+        """A shard is committed."""
+        ...
+
+    def end(self) -> None:
+        """The count that `begin` started is over."""
+        ...
+
+
+class Silent:
+    """Reports to nobody."""
+
+    def say(self, line: str) -> None: ...
+
+    def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+    def shard(self, name: str, note: str) -> None: ...
+
+    def end(self) -> None: ...

@@ -1,0 +1,121 @@
+"""Arrow schemas and Parquet encodings of every artefact in a store.
+
+Lists hold non-null elements (they read faster); log-probs and token weights are byte-stream-split, because their
+exponents repeat and their mantissas do not. No dictionary is built for columns whose values hardly repeat.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+
+STATUS_OK = "ok"
+STATUS_TOO_LONG = "too_long"
+STATUS_NONFINITE = "nonfinite"
+STATUS_BAD_FIELD = "bad_field"
+STATUS_DROPPED = "dropped"
+
+
+def _list_of(element: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", element, nullable=False))
+
+
+def _required(name: str, kind: pa.DataType) -> pa.Field:
+    return pa.field(name, kind, nullable=False)
+
+
+INPUT_IDS = _list_of(pa.int32())
+LOSS_MASK = _list_of(pa.bool_())
+FLOATS = _list_of(pa.float32())
+
+CORPUS = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        _required("source", pa.string()),
+        _required("label", pa.int8()),
+        _required("input_ids", INPUT_IDS),
+        _required("loss_mask", LOSS_MASK),
+        _required("num_tokens", pa.int32()),
+        _required("num_scored", pa.int32()),
+        _required("record", pa.string()),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        pa.field("logprobs", FLOATS),
+        _required("num_scored", pa.int32()),
+        pa.field("logprob_sum", pa.float64()),
+        _required("status", pa.string()),
+    ]
+)
+
+WEIGHTS = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        pa.field("weights", FLOATS),
+        _required("num_scored", pa.int32()),
+        pa.field("log_ratio_sum", pa.float64()),
+        pa.field("weight_mean", pa.float64()),
+        pa.field("weight_min", pa.float32()),
+        pa.field("weight_max", pa.float32()),
+        pa.field("ess", pa.float64()),
+        pa.field("clipped_low", pa.int32()),
+        pa.field("clipped_high", pa.int32()),
+        _required("status", pa.string()),
+    ]
+)
+
+QUARANTINE = pa.schema(
+    [
+        _required("input", pa.string()),
+        _required("row", pa.int64()),
+        _required("reason", pa.string()),
+        _required("raw", pa.binary()),
+    ]
+)
+
+VOCABULARY = pa.schema([_required("token_id", pa.int32()), _required("token", pa.string())])
+
+EXPORT_HF = pa.schema(
+    [
+        _required("input_ids", INPUT_IDS),
+        _required("attention_mask", _list_of(pa.int8())),
+        _required("labels", _list_of(pa.int32())),
+        _required("loss_weights", FLOATS),
+        _required("sample_id", pa.string()),
+        _required("source", pa.string()),
+    ]
+)
+
+ARTEFACTS: dict[str, pa.Schema] = {
+    "corpus": CORPUS,
+    "scores": SCORES,
+    "weights": WEIGHTS,
+    "quarantine": QUARANTINE,
+    "vocabulary": VOCABULARY,
+    "export_hf": EXPORT_HF,
+}
+
+_REPEATING = {"source", "status", "reason", "input"}
+_SPLIT = {"logprobs.list.element", "weights.list.element", "loss_weights.list.element"}
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    return [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in schema]
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """Keyword arguments of `pyarrow.parquet.ParquetWriter` for one of the schemas above."""
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": sorted(_REPEATING.intersection(schema.names)) or False,
+        "column_encoding": {path: "BYTE_STREAM_SPLIT" for path in _leaf_paths(schema) if path in _SPLIT}
+        or None,
+        "use_compliant_nested_type": True,
+    }

@@ -1,0 +1,145 @@
+"""The manifest: what a store holds, what each artefact was made from, and what was decided on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pear_data.errors import MismatchError, PearError
+from pear_data.schema import FORMAT_VERSION
+
+MANIFEST_NAME = "manifest.json"
+CORPUS = "corpus"
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class FileEntry(_Entry):
+    """One committed file: its path inside the store, size and checksum."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Cursor(_Entry):
+    """Where in the inputs a shard of the corpus ends: so many rows of input number `input` are consumed."""
+
+    input: int
+    row: int
+
+
+class Shard(_Entry):
+    """One committed shard of a stage. `inputs` are the checksums of the shards it was made from."""
+
+    name: str
+    file: FileEntry
+    rows: int
+    num_tokens: int = Field(description="Tokens, prompt included (corpus), or scored tokens (other stages).")
+    num_scored: int
+    statuses: dict[str, int] = Field(default_factory=dict, description="Rows by status.")
+    inputs: dict[str, str] = Field(default_factory=dict)
+    cursor: Cursor | None = None
+    quarantine: FileEntry | None = None
+    quarantined: int = 0
+
+
+class Stage(_Entry):
+    """One artefact. `settings` determine its content; `fingerprint` is their hash."""
+
+    settings: dict[str, Any]
+    fingerprint: str
+    complete: bool = False
+    shards: list[Shard] = Field(default_factory=list)
+    decisions: dict[str, Any] = Field(
+        default_factory=dict, description="What was recognised or chosen along the way, for people to read."
+    )
+
+    @property
+    def num_scored(self) -> int:
+        return sum(shard.num_scored for shard in self.shards)
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def shard(self, name: str) -> Shard | None:
+        return next((shard for shard in self.shards if shard.name == name), None)
+
+
+class TokenizerEntry(_Entry):
+    """The tokenizer that made `input_ids`; its files lie in the store."""
+
+    name: str
+    fingerprint: str
+    template_fingerprint: str
+    files: list[FileEntry]
+    vocabulary: FileEntry
+
+
+class Manifest(_Entry):
+    """`STORE/manifest.json`."""
+
+    format_version: int = FORMAT_VERSION
+    created_by: str
+    tokenizer: TokenizerEntry | None = None
+    stages: dict[str, Stage] = Field(
+        default_factory=dict, description="Keys: corpus, scores/<policy>, weights/<name>."
+    )
+
+    def names(self, kind: str) -> list[str]:
+        """Names of the stages of a kind ("scores" or "weights"), in the order they were made."""
+        return [key.partition("/")[2] for key in self.stages if key.startswith(f"{kind}/")]
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """sha256 of the canonical JSON of `settings`."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differing_fields(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """One "field: was A, now B" for each setting that differs, nested ones with dotted names."""
+    lines: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differing_fields(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: was {_short(before)}, now {_short(after)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `folder/manifest.json`.
+
+    Raises:
+        PearError: there is none, or it was written by a newer pear-data.
+        MismatchError: it does not parse as a manifest.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PearError(f"no store at {folder}: make one with `pear-data score CORPUS --model M`") from None
+    try:
+        version = json.loads(text)["format_version"]
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise PearError(
+                f"{path} has format version {version}, this pear-data reads up to {FORMAT_VERSION}: upgrade it"
+            )
+        return Manifest.model_validate_json(text)
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise MismatchError(f"{path} is not a readable manifest ({reason}): restore it from a copy") from None
