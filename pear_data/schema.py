@@ -16,6 +16,7 @@ STATUS_OK = "ok"
 STATUS_TOO_LONG = "too_long"
 STATUS_NONFINITE = "nonfinite"
 STATUS_BAD_FIELD = "bad_field"
+STATUS_UNSCORED = "unscored"
 STATUS_DROPPED = "dropped"
 
 

@@ -1,0 +1,172 @@
+"""Log-probs of a corpus's scored tokens under one policy, one file per shard."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pear_data.config import ScoreSettings
+from pear_data.corpus.batches import token_batches
+from pear_data.engines.base import Engine
+from pear_data.errors import MismatchError
+from pear_data.progress import Outcome, Progress
+from pear_data.schema import FLOATS, SCORES, STATUS_NONFINITE, STATUS_OK, STATUS_TOO_LONG
+from pear_data.store import Store
+from pear_data.store.columns import list_column
+from pear_data.store.manifest import CORPUS, Shard
+from pear_data.store.shards import parquet_shard, write_group
+from pear_data.tokens import TokenBatch
+
+Floats = npt.NDArray[np.float32]
+Status = npt.NDArray[np.object_]
+OnTokens = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    """Where one policy's log-probs come from.
+
+    `settings` determine them. `score_group(batch, records, on_tokens)` returns the flat log-probs of a row
+    group's scored tokens and a status for each row; `check_shard` refuses a shard this source cannot score.
+    """
+
+    settings: dict[str, Any]
+    score_group: Callable[[TokenBatch, pa.Table, OnTokens], tuple[Floats, Status]]
+    corpus_columns: tuple[str, ...] = ()
+    check_batch: Callable[[TokenBatch], None] = lambda batch: None
+
+
+def score(
+    store: Store,
+    settings: ScoreSettings,
+    source: PolicySource,
+    progress: Progress,
+    *,
+    overwrite: bool = False,
+) -> Outcome:
+    """Score every shard that lacks this policy's log-probs.
+
+    Raises:
+        UsageError: the corpus is not ingested completely.
+        MismatchError: the policy was scored with other settings, or would be given other token ids than the
+            corpus holds.
+    """
+    corpus = store.complete_stage(CORPUS)
+    key = f"scores/{settings.policy}"
+    stage_settings = {**source.settings, "inputs": {CORPUS: corpus.fingerprint}}
+    stage = store.begin(key, stage_settings, overwrite=overwrite)
+    pending = [
+        shard
+        for shard in corpus.shards
+        if not store.is_current(key, stage.shard(shard.name), {CORPUS: shard.file.sha256})
+    ]
+    stage.complete = stage.complete and not pending
+    total = sum(shard.num_tokens for shard in corpus.shards)
+    progress.begin(key, total, "tokens", done=total - sum(shard.num_tokens for shard in pending))
+    try:
+        for shard in pending:
+            entry = _score_shard(store, key, shard, source, progress)
+            store.commit(key, entry)
+            progress.shard(shard.name, f"{entry.rows} samples, {entry.num_scored} scored tokens")
+    finally:
+        progress.end()
+    stage.complete = True
+    store.save()
+    return _outcome(store, key, resumed=len(corpus.shards) - len(pending))
+
+
+def engine_source(engine: Engine, max_length: int | None) -> PolicySource:
+    """Log-probs computed by an engine; rows longer than `max_length` or the engine allows are too_long."""
+    longest = min(max_length or engine.max_length, engine.max_length)
+
+    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> tuple[Floats, Status]:
+        status = np.full(len(batch), STATUS_OK, dtype=object)
+        fits = batch.num_tokens <= longest
+        status[~fits] = STATUS_TOO_LONG
+        on_tokens(int(batch.num_tokens[~fits].sum()))
+        logprobs = np.zeros(int(batch.loss_mask.sum()), dtype=np.float32)
+        scored_offsets = batch.scored_offsets
+        for rows in _calls(batch, np.flatnonzero(fits), engine.batch_tokens):
+            part = batch.take(rows)
+            values = engine.score(part, on_tokens)
+            lengths = part.num_scored
+            into = np.repeat(scored_offsets[rows] - part.scored_offsets[:-1], lengths) + np.arange(
+                len(values)
+            )
+            logprobs[into] = values
+            finite = np.logical_and.reduceat(np.isfinite(values), part.scored_offsets[:-1])
+            status[rows[~finite]] = STATUS_NONFINITE
+        return logprobs, status
+
+    return PolicySource({**engine.identity(), "max_length": longest}, score_group)
+
+
+def _calls(batch: TokenBatch, rows: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Runs of `rows` of about `budget` tokens, one engine call each."""
+    ends = np.cumsum(batch.num_tokens[rows])
+    first = 0
+    while first < len(rows):
+        start = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, start + budget, side="right")))
+        yield rows[first:last]
+        first = last
+
+
+def _score_shard(store: Store, key: str, shard: Shard, source: PolicySource, progress: Progress) -> Shard:
+    final = store.path / key / f"{shard.name}.parquet"
+    statuses: Counter[str] = Counter()
+    scored = 0
+    records = store.row_groups(shard, ["sample_id", *source.corpus_columns])
+    with parquet_shard(final, SCORES) as writer:
+        for batch, record in zip(token_batches(store, shard), records, strict=True):
+            source.check_batch(batch)
+            logprobs, status = source.score_group(batch, record, progress.advance)
+            write_group(writer, _score_rows(batch, logprobs, status))
+            statuses.update(status.tolist())
+            scored += int(batch.num_scored[status == STATUS_OK].sum())
+    return Shard(
+        name=shard.name,
+        file=store.entry_of(final),
+        rows=shard.rows,
+        num_tokens=scored,
+        num_scored=scored,
+        statuses=dict(statuses),
+        inputs={CORPUS: shard.file.sha256},
+    )
+
+
+def _score_rows(batch: TokenBatch, logprobs: Floats, status: Status) -> pa.Table:
+    """One row group; rows whose status is not ok have null log-probs and sum."""
+    ok = status == STATUS_OK
+    lengths = batch.num_scored
+    if len(logprobs) != lengths.sum():
+        raise MismatchError(f"{len(logprobs)} log-probs came back for {lengths.sum()} scored tokens")
+    starts = batch.scored_offsets[:-1]
+    sums = np.add.reduceat(np.where(np.repeat(ok, lengths), logprobs, 0.0), starts, dtype=np.float64)
+    columns = [
+        pa.array(batch.sample_ids, type=pa.string()),
+        list_column(logprobs[np.repeat(ok, lengths)], np.where(ok, lengths, 0), FLOATS, ok),
+        pa.array(lengths, type=pa.int32()),
+        pa.array(sums, mask=~ok),
+        pa.array(status, type=pa.string()),
+    ]
+    return pa.table(columns, schema=SCORES)
+
+
+def _outcome(store: Store, key: str, resumed: int) -> Outcome:
+    stage = store.stage(key)
+    statuses: Counter[str] = Counter()
+    for shard in stage.shards:
+        statuses.update(shard.statuses)
+    rejected = sum(count for status, count in statuses.items() if status != STATUS_OK)
+    counts = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
+    earlier = f"; {resumed} of {len(stage.shards)} shards were there already" if resumed else ""
+    return Outcome(
+        f"{key}: {stage.num_scored:,} scored tokens in {stage.rows:,} samples ({counts}){earlier}", rejected
+    )

@@ -1,0 +1,106 @@
+"""Checking a store: checksums, schemas and row alignment of every artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pear_data.errors import MismatchError
+from pear_data.progress import Outcome, Progress
+from pear_data.schema import CORPUS as CORPUS_SCHEMA
+from pear_data.schema import SCORES, STATUS_OK, WEIGHTS
+from pear_data.store import Store
+from pear_data.store.columns import flat_values, list_lengths
+from pear_data.store.manifest import CORPUS, FileEntry, Shard
+
+_SCHEMAS = {"corpus": CORPUS_SCHEMA, "scores": SCORES, "weights": WEIGHTS}
+_VALUES = {"scores": "logprobs", "weights": "weights"}
+
+
+def verify(store: Store, progress: Progress) -> Outcome:
+    """Check every committed file and every row's place.
+
+    Raises:
+        MismatchError: at least one fault; each was said through `progress`.
+    """
+    stages = store.manifest.stages
+    files = [entry for stage in stages.values() for shard in stage.shards for entry in _files(shard)]
+    if store.manifest.tokenizer is not None:
+        files += [*store.manifest.tokenizer.files, store.manifest.tokenizer.vocabulary]
+    progress.begin("verify", len(files), "files")
+    faulty: set[str] = set()
+    for entry in files:
+        fault = store.fault_of(entry)
+        if fault:
+            faulty.add(entry.path)
+            progress.say(f"{store.path / entry.path} {fault}")
+        progress.advance(1)
+    misplaced = [
+        fault
+        for key, stage in stages.items()
+        for shard in stage.shards
+        if shard.file.path not in faulty
+        for fault in _shard_faults(store, key, shard, faulty)
+    ]
+    for fault in misplaced:
+        progress.say(fault)
+    progress.end()
+    if faulty or misplaced:
+        raise MismatchError(
+            f"{store.path}: {len(faulty) + len(misplaced)} faults in {len(files)} files, listed above: "
+            "run the commands that made them again, each redoes only what is damaged"
+        )
+    unfinished = [key for key, stage in stages.items() if not stage.complete]
+    note = f"; not finished yet: {', '.join(unfinished)}" if unfinished else ""
+    return Outcome(f"{store.path}: {len(files)} files in {len(stages)} stages are whole and aligned{note}")
+
+
+def _files(shard: Shard) -> list[FileEntry]:
+    return [shard.file, shard.quarantine] if shard.quarantine else [shard.file]
+
+
+def _shard_faults(store: Store, key: str, shard: Shard, faulty: set[str]) -> Iterator[str]:
+    kind = key.partition("/")[0]
+    where = store.path / shard.file.path
+    ids: list[pa.ChunkedArray] = []
+    for table in store.row_groups(shard):
+        if table.schema != _SCHEMAS[kind]:
+            yield f"{where} has another schema than {kind} files have"
+            return
+        yield from (f"{where}: {fault}" for fault in _row_faults(kind, table))
+        ids.append(table["sample_id"])
+    if sum(len(column) for column in ids) != shard.rows:
+        yield f"{where} does not hold the {shard.rows} rows the manifest says"
+    corpus_shard = store.stage(CORPUS).shard(shard.name)
+    if kind == CORPUS or (corpus_shard is not None and corpus_shard.file.path in faulty):
+        return
+    if corpus_shard is None or shard.inputs.get(CORPUS) != corpus_shard.file.sha256:
+        yield f"{where} was made from another corpus shard than the present one"
+    elif [g.to_pylist() for g in ids] != [
+        table["sample_id"].to_pylist() for table in store.row_groups(corpus_shard, ["sample_id"])
+    ]:
+        yield f"{where}: rows are not those of {corpus_shard.file.path}"
+
+
+def _row_faults(kind: str, table: pa.Table) -> Iterator[str]:
+    num_scored = table["num_scored"].to_numpy()
+    if kind == CORPUS:
+        if not np.array_equal(list_lengths(table["input_ids"]), table["num_tokens"].to_numpy()):
+            yield "num_tokens differs from the length of input_ids"
+        if not np.array_equal(list_lengths(table["loss_mask"]), table["num_tokens"].to_numpy()):
+            yield "num_tokens differs from the length of loss_mask"
+        if int(flat_values(table["loss_mask"]).sum()) != int(num_scored.sum()):
+            yield "num_scored differs from the loss_mask"
+        return
+    column = _VALUES[kind]
+    present = pc.is_valid(table[column]).to_numpy(zero_copy_only=False)
+    if not np.array_equal(list_lengths(table[column])[present], num_scored[present]):
+        yield f"num_scored differs from the length of {column}"
+    if not np.isfinite(flat_values(table[column])).all():
+        yield f"{column} are not all finite"
+    ok = table["status"].to_numpy(zero_copy_only=False) == STATUS_OK
+    if (ok & ~present).any():
+        yield f"rows with status ok have no {column}"
