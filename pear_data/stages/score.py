@@ -3,43 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from pear_data.config import ScoreSettings
 from pear_data.corpus.batches import token_batches
-from pear_data.engines.base import Engine
 from pear_data.errors import MismatchError
 from pear_data.progress import Outcome, Progress
-from pear_data.schema import FLOATS, SCORES, STATUS_NONFINITE, STATUS_OK, STATUS_TOO_LONG
+from pear_data.schema import FLOATS, SCORES, STATUS_OK
+from pear_data.stages.sources import Floats, PolicySource, Status, open_source
 from pear_data.store import Store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import CORPUS, Shard
 from pear_data.store.shards import parquet_shard, write_group
 from pear_data.tokens import TokenBatch
-
-Floats = npt.NDArray[np.float32]
-Status = npt.NDArray[np.object_]
-OnTokens = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class PolicySource:
-    """Where one policy's log-probs come from.
-
-    `settings` determine them. `score_group(batch, records, on_tokens)` returns the flat log-probs of a row
-    group's scored tokens and a status for each row; `check_shard` refuses a shard this source cannot score.
-    """
-
-    settings: dict[str, Any]
-    score_group: Callable[[TokenBatch, pa.Table, OnTokens], tuple[Floats, Status]]
-    corpus_columns: tuple[str, ...] = ()
-    check_batch: Callable[[TokenBatch], None] = lambda batch: None
 
 
 def score(
@@ -81,41 +59,18 @@ def score(
     return _outcome(store, key, resumed=len(corpus.shards) - len(pending))
 
 
-def engine_source(engine: Engine, max_length: int | None) -> PolicySource:
-    """Log-probs computed by an engine; rows longer than `max_length` or the engine allows are too_long."""
-    longest = min(max_length or engine.max_length, engine.max_length)
+def score_policy(
+    store: Store, settings: ScoreSettings, progress: Progress, *, overwrite: bool = False
+) -> Outcome:
+    """Open the source that `settings` ask for and `score` with it.
 
-    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> tuple[Floats, Status]:
-        status = np.full(len(batch), STATUS_OK, dtype=object)
-        fits = batch.num_tokens <= longest
-        status[~fits] = STATUS_TOO_LONG
-        on_tokens(int(batch.num_tokens[~fits].sum()))
-        logprobs = np.zeros(int(batch.loss_mask.sum()), dtype=np.float32)
-        scored_offsets = batch.scored_offsets
-        for rows in _calls(batch, np.flatnonzero(fits), engine.batch_tokens):
-            part = batch.take(rows)
-            values = engine.score(part, on_tokens)
-            lengths = part.num_scored
-            into = np.repeat(scored_offsets[rows] - part.scored_offsets[:-1], lengths) + np.arange(
-                len(values)
-            )
-            logprobs[into] = values
-            finite = np.logical_and.reduceat(np.isfinite(values), part.scored_offsets[:-1])
-            status[rows[~finite]] = STATUS_NONFINITE
-        return logprobs, status
-
-    return PolicySource({**engine.identity(), "max_length": longest}, score_group)
-
-
-def _calls(batch: TokenBatch, rows: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Runs of `rows` of about `budget` tokens, one engine call each."""
-    ends = np.cumsum(batch.num_tokens[rows])
-    first = 0
-    while first < len(rows):
-        start = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, start + budget, side="right")))
-        yield rows[first:last]
-        first = last
+    Raises:
+        PearError: the model cannot be loaded.
+        UsageError, MismatchError: as `open_source` and `score`.
+    """
+    store.complete_stage(CORPUS)
+    with open_source(store, settings, progress) as source:
+        return score(store, settings, source, progress, overwrite=overwrite)
 
 
 def _score_shard(store: Store, key: str, shard: Shard, source: PolicySource, progress: Progress) -> Shard:

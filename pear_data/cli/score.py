@@ -1,0 +1,65 @@
+"""`pear-data score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pear_data.cli.ingest import INGEST_OPTIONS
+from pear_data.cli.options import build, common_options, finish, settings_options
+from pear_data.config import INITIAL, IngestSettings, ScoreSettings
+from pear_data.errors import UsageError
+
+if TYPE_CHECKING:
+    from pear_data.store import Store
+
+_SHARED = ("revision", "trust_remote_code")
+
+
+@click.command("score", short_help="Log-probs of the scored tokens under one policy.")
+@click.argument("corpus", nargs=-1)
+@settings_options(ScoreSettings)
+@settings_options(IngestSettings, "tokenizer", *(name for name in INGEST_OPTIONS if name not in _SHARED))
+@click.option("--overwrite", is_flag=True, help="Score again a policy scored with other settings.")
+@common_options
+def command(store: Path, corpus: tuple[str, ...], overwrite: bool, **options: Any) -> int:
+    """Score the store's corpus under a policy; with CORPUS, ingest that first.
+
+    The tokenizer is the initial policy's; both policies score the same ids. A killed run resumes by itself when
+    the same command is given again.
+
+    \b
+    Examples:
+      pear-data score corpus.jsonl --model Qwen/Qwen2.5-7B-Instruct
+      pear-data score --policy behavior --model deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --engine vllm
+      pear-data score --policy behavior --from-field logprobs
+    """
+    from pear_data.cli.terminal import TerminalProgress
+    from pear_data.stages.ingest import ingest
+    from pear_data.stages.score import score_policy
+    from pear_data.store import writable_store
+
+    settings = build(ScoreSettings, {name: options[name] for name in ScoreSettings.model_fields})
+    progress = TerminalProgress()
+    outcomes = []
+    with writable_store(store, create=bool(corpus)) as opened:
+        if corpus:
+            outcomes.append(ingest(opened, _ingest_settings(opened, corpus, settings, options), progress))
+        outcomes.append(score_policy(opened, settings, progress, overwrite=overwrite))
+    return finish(*outcomes)
+
+
+def _ingest_settings(
+    store: Store, corpus: tuple[str, ...], settings: ScoreSettings, options: dict[str, Any]
+) -> IngestSettings:
+    values = {name: options[name] for name in IngestSettings.model_fields if name in options}
+    known = store.manifest.tokenizer
+    if values["tokenizer"] is None and settings.policy == INITIAL and settings.model is not None:
+        values["tokenizer"] = settings.model
+    elif values["tokenizer"] is None and known is not None:
+        values |= {"tokenizer": known.name, "revision": None}
+    if values["tokenizer"] is None:
+        raise UsageError("give --tokenizer, the initial policy's: the corpus is tokenized once, with it")
+    return build(IngestSettings, {"corpus": list(corpus), **values})

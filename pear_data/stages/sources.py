@@ -1,0 +1,151 @@
+"""Where a policy's log-probs come from: an engine that runs its model, or a field recorded at generation time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pear_data.config import ScoreSettings
+from pear_data.engines.base import Engine, OnTokens
+from pear_data.engines.select import open_engine
+from pear_data.errors import SampleError, UsageError
+from pear_data.progress import Progress
+from pear_data.resources import resolve
+from pear_data.schema import STATUS_BAD_FIELD, STATUS_NONFINITE, STATUS_OK, STATUS_TOO_LONG
+from pear_data.store import Store
+from pear_data.tokens import TokenBatch
+
+Floats = npt.NDArray[np.float32]
+Status = npt.NDArray[np.object_]
+SHOWN_REASONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySource:
+    """Where one policy's log-probs come from.
+
+    `settings` determine them. `score_group(batch, records, on_tokens)` returns the flat log-probs of a row
+    group's scored tokens and a status for each row; `check_shard` refuses a shard this source cannot score.
+    """
+
+    settings: dict[str, Any]
+    score_group: Callable[[TokenBatch, pa.Table, OnTokens], tuple[Floats, Status]]
+    corpus_columns: tuple[str, ...] = ()
+    check_batch: Callable[[TokenBatch], None] = lambda batch: None
+
+
+def engine_source(engine: Engine, max_length: int | None) -> PolicySource:
+    """Log-probs computed by an engine; rows longer than `max_length` or the engine allows are too_long."""
+    longest = min(max_length or engine.max_length, engine.max_length)
+
+    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> tuple[Floats, Status]:
+        status = np.full(len(batch), STATUS_OK, dtype=object)
+        fits = batch.num_tokens <= longest
+        status[~fits] = STATUS_TOO_LONG
+        on_tokens(int(batch.num_tokens[~fits].sum()))
+        logprobs = np.zeros(int(batch.loss_mask.sum()), dtype=np.float32)
+        scored_offsets = batch.scored_offsets
+        for rows in _calls(batch, np.flatnonzero(fits), engine.batch_tokens):
+            part = batch.take(rows)
+            values = engine.score(part, on_tokens)
+            lengths = part.num_scored
+            into = np.repeat(scored_offsets[rows] - part.scored_offsets[:-1], lengths) + np.arange(
+                len(values)
+            )
+            logprobs[into] = values
+            finite = np.logical_and.reduceat(np.isfinite(values), part.scored_offsets[:-1])
+            status[rows[~finite]] = STATUS_NONFINITE
+        return logprobs, status
+
+    return PolicySource({**engine.identity(), "max_length": longest}, score_group)
+
+
+def _calls(batch: TokenBatch, rows: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Runs of `rows` of about `budget` tokens, one engine call each."""
+    ends = np.cumsum(batch.num_tokens[rows])
+    first = 0
+    while first < len(rows):
+        start = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, start + budget, side="right")))
+        yield rows[first:last]
+        first = last
+
+
+def recorded_source(field: str, progress: Progress) -> PolicySource:
+    """Log-probs from a field of the original rows: one per scored token, finite and <= 0, or status bad_field."""
+    shown = 0
+
+    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> tuple[Floats, Status]:
+        nonlocal shown
+        rows = [json.loads(record) for record in records["record"].to_pylist()]
+        if not any(field in row for row in rows):
+            raise UsageError(
+                f"--from-field {field}: no row from {batch.sample_ids[0]} on has it; fields: {', '.join(rows[0])}"
+            )
+        status = np.full(len(batch), STATUS_OK, dtype=object)
+        parts: list[Floats] = []
+        for index, (row, length) in enumerate(zip(rows, batch.num_scored.tolist(), strict=True)):
+            try:
+                parts.append(_recorded(row, field, length))
+            except SampleError as error:
+                status[index] = STATUS_BAD_FIELD
+                parts.append(np.zeros(length, dtype=np.float32))
+                shown += 1
+                if shown <= SHOWN_REASONS:
+                    progress.say(f"{batch.sample_ids[index]}: {error}")
+        on_tokens(int(batch.num_tokens.sum()))
+        return np.concatenate(parts), status
+
+    return PolicySource({"engine": "recorded", "from_field": field}, score_group, ("record",))
+
+
+def _recorded(row: dict[str, Any], field: str, length: int) -> Floats:
+    values = row.get(field)
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise SampleError(f"{field} is not a list of numbers")
+    if len(values) != length:
+        raise SampleError(f"{field} has {len(values)} log-probs for {length} scored tokens")
+    logprobs = np.asarray(values, dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise SampleError(f"{field} has a log-prob that is not finite")
+    if (logprobs > 0).any():
+        raise SampleError(f"{field} has a log-prob above 0")
+    return logprobs
+
+
+@contextlib.contextmanager
+def open_source(store: Store, settings: ScoreSettings, progress: Progress) -> Iterator[PolicySource]:
+    """The source that `settings` ask for; its engine is closed at the end.
+
+    Raises:
+        UsageError: neither a model nor a field is given, or both are.
+        MismatchError: the model's tokenizer gives other ids than the corpus holds.
+    """
+    if (settings.model is None) == (settings.from_field is None):
+        raise UsageError("give either --model M, or --from-field F for log-probs recorded at generation time")
+    if settings.from_field is not None:
+        yield recorded_source(settings.from_field, progress)
+        return
+    assert settings.model is not None
+    check = same_ids_check(store, settings.model, settings.revision, settings.trust_remote_code)
+    engine, reason = open_engine(
+        settings.engine,
+        resolve(settings.model),
+        revision=settings.revision,
+        dtype=settings.dtype,
+        max_length=settings.max_length,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    progress.say(reason)
+    try:
+        source = engine_source(engine, settings.max_length)
+        yield replace(source, check_batch=check)
+    finally:
+        engine.close()
