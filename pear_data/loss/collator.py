@@ -17,7 +17,8 @@ class PearCollator:
     """Collate rows of `input_ids`, `labels`, `loss_weights` and optionally `attention_mask`; other columns are dropped.
 
     The columns of a row (lists, numpy arrays or tensors) have one length; `loss_weights[t]` multiplies the loss of
-    `labels[t]`, the label of the same index as `input_ids[t]`. Batches are int64, the weights float32.
+    `labels[t]`, the label of the same index as `input_ids[t]`. Batches are int64, the weights float32. Padding is
+    masked and unscored, so any id serves as `pad_token_id`.
 
     Padded (default): `input_ids`, `attention_mask`, `labels`, `loss_weights`, all [rows, longest], padded on the right,
     `longest` rounded up to a multiple of `pad_to_multiple_of`.

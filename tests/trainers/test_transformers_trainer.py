@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from pear_data.loss import PearCollator, attach, weighted_nll
+from pear_data.schema import EXPORT_HF
 
 VOCAB = 83
 PAD = 0
@@ -47,16 +48,6 @@ MODELS: dict[str, Callable[[str], PreTrainedModel]] = {
         Gemma2Config(**TINY, sliding_window=4, attn_implementation=attention)
     ),
 }
-CANONICAL = pa.schema(
-    [
-        ("sample_id", pa.string()),
-        ("source", pa.string()),
-        ("input_ids", pa.list_(pa.int32())),
-        ("attention_mask", pa.list_(pa.int8())),
-        ("labels", pa.list_(pa.int32())),
-        ("loss_weights", pa.list_(pa.float32())),
-    ]
-)
 TOLERANCE = 2e-6
 
 
@@ -98,8 +89,8 @@ NUM_SCORED = sum(label != -100 for row in ROWS for label in row["labels"])
 def exported(tmp_path_factory: pytest.TempPathFactory) -> datasets.Dataset:
     """The rows as an export holds them, loaded as a user loads them."""
     folder = tmp_path_factory.mktemp("export")
-    pq.write_table(pa.Table.from_pylist(ROWS, CANONICAL), folder / "part-00000.parquet")
-    return datasets.Dataset.from_parquet(str(folder / "part-00000.parquet"), cache_dir=str(folder / "cache"))
+    pq.write_table(pa.Table.from_pylist(ROWS, EXPORT_HF), folder / "train-00000.parquet")
+    return datasets.load_dataset(str(folder), split="train", cache_dir=str(folder / "cache"))
 
 
 @pytest.fixture

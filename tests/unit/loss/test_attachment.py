@@ -23,6 +23,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MoonshineConfig,
+    MoonshineForConditionalGeneration,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -149,6 +151,12 @@ def test_torch_compile_keeps_one_graph(qwen2: Qwen2ForCausalLM, attach_first: bo
         (
             BertForMaskedLM(BertConfig(**TINY)),
             "BertForMaskedLM: its loss is not transformers' next-token loss",
+        ),
+        (
+            MoonshineForConditionalGeneration(
+                MoonshineConfig(vocab_size=61, hidden_size=16, intermediate_size=24, pad_token_id=0)
+            ),
+            "MoonshineForConditionalGeneration: its loss is not",
         ),
         (nn.Linear(2, 2), "Linear: its loss is not transformers' next-token loss"),
         (
