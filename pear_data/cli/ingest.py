@@ -27,12 +27,12 @@ def command(store: Path, corpus: tuple[str, ...], **options: Any) -> int:
       pear-data ingest part-*.parquet --tokenizer ./model --source-field dataset
       zcat big.gz | pear-data ingest - --tokenizer ./model --turns last
     """
+    if options["tokenizer"] is None:
+        raise click.UsageError("give --tokenizer, the initial policy's")
+    settings = build(IngestSettings, {"corpus": list(corpus), **options})
     from pear_data.cli.terminal import TerminalProgress
     from pear_data.stages.ingest import ingest
     from pear_data.store import writable_store
 
-    if options["tokenizer"] is None:
-        raise click.UsageError("give --tokenizer, the initial policy's")
-    settings = build(IngestSettings, {"corpus": list(corpus), **options})
     with writable_store(store, create=True) as opened:
         return finish(ingest(opened, settings, TerminalProgress()))

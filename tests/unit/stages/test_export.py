@@ -1,0 +1,105 @@
+"""The hf export row by row, and its manifest."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from pear_data import open_store
+from pear_data.config import ExportSettings, WeightSettings
+from pear_data.errors import MismatchError, UsageError
+from pear_data.progress import Silent
+from pear_data.stages.export import export
+from pear_data.stages.weight import weight
+from pear_data.store import writable_store
+
+
+@pytest.fixture
+def folder(make_store, samples):
+    samples[5].label = -1
+    samples[9].initial_status = "too_long"
+    folder = make_store(samples)
+    with writable_store(folder) as store:
+        weight(store, WeightSettings(level="token"), Silent())
+        weight(store, WeightSettings(level="block"), Silent())
+    return folder
+
+
+def run(folder, out, weights="token"):
+    return export(open_store(folder), ExportSettings(out=str(out), weights=weights), Silent())
+
+
+def test_each_weight_stands_at_its_label(folder, samples, tmp_path):
+    outcome = run(folder, tmp_path / "out")
+    assert "left out: 1 dropped, 1 unscored" in outcome.summary
+    loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    kept = [sample for index, sample in enumerate(samples) if index not in (5, 9)]
+    assert loaded["sample_id"][:] == [sample.sample_id for sample in kept]
+    stored = {
+        row["sample_id"]: row["weights"] for row in open_store(folder).weights["token"].to_table().to_pylist()
+    }
+    for row, sample in zip(loaded, kept, strict=True):
+        assert row["input_ids"] == sample.input_ids.tolist()
+        assert row["attention_mask"] == [1] * len(sample.input_ids)
+        assert row["labels"] == np.where(sample.loss_mask, sample.input_ids, -100).tolist()
+        weights = np.array(row["loss_weights"], dtype=np.float32)
+        np.testing.assert_array_equal(weights[sample.loss_mask], np.float32(stored[sample.sample_id]))
+        assert not weights[~sample.loss_mask].any()
+        assert weights[0] == 0
+    assert str(loaded.features["loss_weights"]) == "List(Value('float32'))"
+
+
+def test_the_manifest_tells_a_trainer_what_it_needs(folder, samples, tmp_path):
+    run(folder, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "pear_export.json").read_text())
+    kept = [sample for index, sample in enumerate(samples) if index not in (5, 9)]
+    weights = [row["weights"] for row in open_store(folder).weights["token"].to_table().to_pylist()]
+    flat = np.concatenate([w for index, w in enumerate(weights) if index not in (5, 9)])
+    assert manifest["mean_weight"] == pytest.approx(flat.mean())
+    assert manifest["samples"] == len(kept)
+    assert manifest["num_scored"] == len(flat)
+    assert manifest["num_tokens"] == sum(len(sample.input_ids) for sample in kept)
+    assert manifest["left_out"] == {"dropped": 1, "unscored": 1}
+    assert manifest["weighting_settings"]["level"] == "token"
+
+
+def test_again_is_nothing_other_weights_are_refused_other_folders_are_safe(folder, tmp_path):
+    out = tmp_path / "out"
+    run(folder, out)
+    assert "nothing to do" in run(folder, out).summary
+    with pytest.raises(MismatchError, match='weighting: was "token", now "block"'):
+        run(folder, out, "block")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="no export of ours"):
+        run(folder, tmp_path / "mine")
+    (tmp_path / "empty").mkdir()
+    run(folder, tmp_path / "empty")
+    assert (tmp_path / "empty" / "pear_export.json").exists()
+
+
+def test_a_killed_export_leaves_nothing_at_its_place_and_is_done_again(folder, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "train-00000.parquet").write_bytes(b"half")
+    run(folder, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pear_export.json",
+        "train-00000.parquet",
+        "train-00001.parquet",
+        "train-00002.parquet",
+    ]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_nothing_to_export_is_an_error(make_store, samples, tmp_path):
+    for sample in samples:
+        sample.label = -1
+    folder = make_store(samples, "negatives")
+    with writable_store(folder) as store:
+        weight(store, WeightSettings(), Silent())
+    with pytest.raises(UsageError, match="no sample with status ok"):
+        run(folder, tmp_path / "out", "block")
+    assert not (tmp_path / "out").exists()
