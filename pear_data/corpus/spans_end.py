@@ -1,0 +1,50 @@
+"""Where an assistant turn ends."""
+
+from __future__ import annotations
+
+from pear_data.corpus.template import Span
+from pear_data.corpus.template_frame import AddedTokens, TurnFrame
+
+
+class EndOfTurn:
+    """Finds the end of the end-of-turn token of a rendering's last assistant turn."""
+
+    def __init__(self, frame: TurnFrame, tokens: AddedTokens) -> None:
+        self._frame = frame
+        self._tokens = tokens
+        self._lengths = sorted({len(token) for token in tokens.all}, reverse=True)
+
+    def find(self, text: str, start: int) -> Span | None:
+        """Where the closing of `text`'s last turn, which starts at `start`, begins and where its stop token ends.
+
+        None where the turn has no such token. Only what stands behind the turn's texts is looked at: added
+        tokens and white space. There the template's usual end counts first; a turn that ends otherwise (a tool
+        call's `<|call|>` or `<|eom_id|>`) ends with its first control token, since what may follow
+        it (gemma 4's `<|tool_response>`) opens the tool's answer.
+        """
+        if self._frame.end_in_next:
+            return len(text), len(text)
+        closing = self._closing_tokens(text, start)
+        if not closing:
+            stripped = len(text.rstrip())
+            ends = text.endswith(self._frame.end, start, stripped)
+            return (stripped - len(self._frame.end), stripped) if ends else None
+        begin = closing[0][0]
+        usual = text.find(self._frame.end, begin)
+        if usual >= 0:
+            return begin, usual + len(self._frame.end)
+        return next(((begin, e) for s, e in closing if text[s:e] in self._tokens.special), None)
+
+    def _closing_tokens(self, text: str, start: int) -> list[Span]:
+        """The added tokens behind the last other text of `text[start:]`, in order."""
+        found: list[Span] = []
+        end = len(text)
+        while True:
+            end = start + len(text[start:end].rstrip())
+            length = next(
+                (n for n in self._lengths if text[max(start, end - n) : end] in self._tokens.all), 0
+            )
+            if not length:
+                return found[::-1]
+            found.append((end - length, end))
+            end -= length
