@@ -19,6 +19,7 @@ from pear_data.errors import SampleError, UsageError
 from pear_data.progress import Progress
 from pear_data.resources import resolve
 from pear_data.schema import STATUS_BAD_FIELD, STATUS_NONFINITE, STATUS_OK, STATUS_TOO_LONG
+from pear_data.stages.same_ids import same_ids_check
 from pear_data.store import Store
 from pear_data.tokens import TokenBatch
 
@@ -134,7 +135,7 @@ def open_source(store: Store, settings: ScoreSettings, progress: Progress) -> It
         yield recorded_source(settings.from_field, progress)
         return
     assert settings.model is not None
-    check = same_ids_check(store, settings.model, settings.revision, settings.trust_remote_code)
+    check = same_ids_check(store, resolve(settings.model), settings.revision, settings.trust_remote_code)
     engine, reason = open_engine(
         settings.engine,
         resolve(settings.model),
