@@ -1,0 +1,77 @@
+"""`pear-data sql`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import click
+
+from pear_data.cli.options import common_options
+from pear_data.errors import UsageError
+
+if TYPE_CHECKING:
+    from pear_data.stages.sql import Format
+
+FORMATS = ("table", "json", "jsonl", "csv", "parquet")
+
+
+@click.command("sql", short_help="Query the store with SQL.")
+@click.argument("query")
+@click.option(
+    "--format",
+    "chosen",
+    type=click.Choice(FORMATS),
+    envvar="PEAR_SQL_FORMAT",
+    help="Default: what --output's name ends in, else a table on a terminal and JSON lines in a pipe.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
+@click.option(
+    "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True, help="Seconds."
+)
+@common_options
+def command(store: Path, query: str, chosen: str | None, output: Path | None, timeout: float) -> None:
+    """Run one read-only DuckDB query over the store; `-` reads it from standard input.
+
+    \b
+    Views:
+      corpus   sample_id, source, label, input_ids, loss_mask, num_tokens, num_scored, record
+      scores   policy, sample_id, logprobs, num_scored, logprob_sum, status
+      weights  name, sample_id, weights, num_scored, weight_mean, ess, clipped_low, ..., status
+      samples  a row per sample: source, counts, perplexity_<policy>, weight_mean, ess, weight_mean_<name>, ...
+      tokens   a row per scored token: position, t, token, logprob_<policy>, log_ratio, weight, weight_<name>, ...
+    In samples and tokens, columns that name no weighting are those of "block" if there is one, else of the first.
+
+    \b
+    Examples:
+      pear-data sql "select source, avg(weight_mean), sum(num_scored) from samples group by source"
+      pear-data sql "select token, avg(log_ratio) from tokens group by token order by 2 limit 20"
+      pear-data sql "describe tokens"
+      pear-data sql "from samples" -o samples.parquet
+    """
+    from pear_data.stages.sql import write_query
+    from pear_data.store import open_store
+    from pear_data.store.commit import atomic_path
+
+    stdout = sys.stdout.buffer
+    form = cast("Format", chosen or _default_format(output, stdout.isatty()))
+    if form == "parquet" and output is None and stdout.isatty():
+        raise UsageError("Parquet is not for a terminal: give -o FILE")
+    text = sys.stdin.read() if query == "-" else query
+    opened = open_store(store)
+    if output is None:
+        note = write_query(opened, text, form, stdout, timeout=timeout)
+        stdout.flush()
+    else:
+        with atomic_path(output) as temporary, temporary.open("wb") as sink:
+            note = write_query(opened, text, form, sink, timeout=timeout)
+    if note:
+        click.echo(note, err=True)
+
+
+def _default_format(output: Path | None, terminal: bool) -> str:
+    if output is None:
+        return "table" if terminal else "jsonl"
+    suffix = output.suffix.removeprefix(".")
+    return suffix if suffix in FORMATS else "jsonl"

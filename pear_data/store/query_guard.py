@@ -1,0 +1,99 @@
+"""What `sql` lets through: one statement that reads.
+
+DuckDB's configuration alone is not enough: a path that may be read may also be written, and a SELECT can hold a
+COPY in its WITH clause or run a string through a table function. So the parsed statement is walked, and holds only
+the query nodes and table functions named here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import duckdb
+
+from pear_data.errors import UsageError
+
+_QUERY_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}
+_TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "repeat", "summary", "json_each", "json_tree"}
+_ALLOWED = "one SELECT, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN of one"
+
+
+def check(query: str) -> str:
+    """The query, if it is one statement that only reads.
+
+    Raises:
+        UsageError: it is not, or does not parse; says what was refused.
+    """
+    kinds = _kinds(query)
+    if len(kinds) != 1:
+        raise UsageError(f"the query holds {len(kinds)} statements: give {_ALLOWED}")
+    read = query
+    if kinds == ["EXPLAIN"]:
+        read = _explained(query)
+        kinds = _kinds(read)
+    if kinds != ["SELECT"]:
+        hint = "; a PIVOT must list its values with IN" if kinds == ["MULTI"] else ""
+        raise UsageError(f"{kinds[0] if kinds else 'nothing'} is refused: give {_ALLOWED}{hint}")
+    _check_tree(read)
+    return query
+
+
+def first_line(error: Exception) -> str:
+    """DuckDB's message without the hints and the pointer into the query below it."""
+    return str(error).splitlines()[0]
+
+
+def _kinds(query: str) -> list[str]:
+    try:
+        return [statement.type.name for statement in duckdb.extract_statements(query)]
+    except duckdb.Error as error:
+        raise UsageError(f"the query does not parse: {first_line(error)}") from None
+
+
+def _explained(query: str) -> str:
+    """What an EXPLAIN statement explains (and, with ANALYZE, runs)."""
+    # DuckDB counts in bytes.
+    encoded = query.encode()
+    starts = [offset for offset, kind in duckdb.tokenize(query) if kind != duckdb.token_type.comment]
+    tokens = [
+        encoded[start:end].decode(errors="replace").split(maxsplit=1)[0].lower()
+        for start, end in zip(starts, [*starts[1:], len(encoded)], strict=True)
+    ]
+    first = 1
+    if first < len(tokens) and tokens[first] == "analyze":
+        first += 1
+    if first < len(tokens) and tokens[first].startswith("("):
+        raise UsageError("EXPLAIN takes no options here: give EXPLAIN or EXPLAIN ANALYZE and one SELECT")
+    return encoded[starts[first] :].decode()
+
+
+def _check_tree(query: str) -> None:
+    with duckdb.connect() as parser:
+        (text,) = parser.execute("SELECT json_serialize_sql($1::VARCHAR)", [query]).fetchall()[0]
+    tree = json.loads(text)
+    if tree["error"]:
+        raise UsageError(f"the query is refused ({tree['error_message']}): give {_ALLOWED}")
+    for node in _nodes(tree):
+        kind = node.get("type")
+        if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _QUERY_NODES:
+            raise UsageError(f"{kind.removesuffix('_QUERY_NODE')} is refused: give {_ALLOWED}")
+        if kind == "TABLE_FUNCTION":
+            name = node["function"].get("function_name", "")
+            if name.lower() not in _TABLE_FUNCTIONS:
+                raise UsageError(
+                    f"{name}() is refused: query the views corpus, scores, weights, samples and tokens"
+                )
+
+
+def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
+    """Every object of a JSON tree. No recursion: a query may nest deeper than Python's stack."""
+    left = [tree]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield value
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)

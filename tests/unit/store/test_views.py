@@ -1,0 +1,316 @@
+"""The views hold what the files hold, for exactly the committed files, and queries can only read them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pear_data.config import WeightSettings
+from pear_data.errors import MismatchError, PearError, UsageError
+from pear_data.progress import Silent
+from pear_data.stages.weight import weight
+from pear_data.store import open_store, writable_store
+from pear_data.store.views import connect
+
+
+@pytest.fixture
+def folder(make_store, samples):
+    samples[2].initial_status = "nonfinite"
+    folder = make_store(samples)
+    with writable_store(folder) as store:
+        weight(store, WeightSettings(level="token"), Silent())
+        weight(store, WeightSettings(level="block", block_size=2), Silent())
+    return folder
+
+
+@pytest.fixture
+def views(folder):
+    with connect(open_store(folder)) as views:
+        yield views
+
+
+def scalar(views, query, *parameters):
+    ((value,),) = views.rows(query, parameters)
+    return value
+
+
+def columns(views, view):
+    return {name: kind for name, kind, *_ in views.rows(f"describe {view}")}
+
+
+def test_stage_views_hold_every_row_and_say_which_stage(views, folder):
+    store = open_store(folder)
+    assert views.table("from corpus order by sample_id").equals(
+        store.corpus.to_table().sort_by("sample_id").cast(views.table("from corpus").schema)
+    )
+    assert views.rows("select policy, count(*), count(logprobs) from scores group by 1 order by 1") == [
+        ("behavior", 20, 20),
+        ("initial", 20, 19),
+    ]
+    assert views.rows("select name, count(*), count(weights) from weights group by 1 order by 1") == [
+        ("block", 20, 19),
+        ("token", 20, 19),
+    ]
+
+
+def test_samples_join_every_stage_by_id(views, folder, samples):
+    found = {row["sample_id"]: row for row in views.table("from samples").to_pylist()}
+    assert len(found) == len(samples)
+    stored = {row["sample_id"]: row for row in open_store(folder).weights["block"].to_table().to_pylist()}
+    for sample in samples:
+        row = found[sample.sample_id]
+        assert (row["num_tokens"], row["num_scored"]) == (len(sample.input_ids), sample.loss_mask.sum())
+        assert row["status_initial"] == sample.initial_status
+        mean = np.mean(sample.behavior, dtype=np.float64)
+        assert row["perplexity_behavior"] == pytest.approx(np.exp(-mean), rel=1e-12)
+        for name in ("weight_mean", "weight_min", "weight_max", "ess", "clipped_low", "log_ratio_sum"):
+            assert row[name] == row[f"{name}_block"] == stored[sample.sample_id][name]
+    assert found["s2"]["logprob_sum_initial"] is None
+    assert found["s2"]["weight_status"] == "unscored"
+    assert found["s0"]["weight_mean_token"] != found["s0"]["weight_mean_block"]
+
+
+def test_tokens_are_the_scored_tokens_in_order(views, folder, samples):
+    weights = {
+        row["sample_id"]: row["weights"] for row in open_store(folder).weights["token"].to_table().to_pylist()
+    }
+    rows = views.table("from tokens order by sample_id, t").to_pylist()
+    assert len(rows) == sum(sample.loss_mask.sum() for sample in samples)
+    for sample in samples:
+        mine = [row for row in rows if row["sample_id"] == sample.sample_id]
+        positions = np.flatnonzero(sample.loss_mask)
+        assert [row["position"] for row in mine] == positions.tolist()
+        assert [row["t"] for row in mine] == list(range(1, len(positions) + 1))
+        assert [row["token_id"] for row in mine] == sample.input_ids[positions].tolist()
+        assert [row["token"] for row in mine] == [f" t{token}" for token in sample.input_ids[positions]]
+        assert [row["logprob_behavior"] for row in mine] == sample.behavior.tolist()
+        if sample.initial_status == "ok":
+            expected = sample.initial.astype(float) - sample.behavior.astype(float)
+            assert [row["log_ratio"] for row in mine] == expected.tolist()
+            assert [row["weight_token"] for row in mine] == weights[sample.sample_id]
+            assert [row["weight"] for row in mine] == [row["weight_block"] for row in mine]
+        else:
+            assert {row["weight"] for row in mine} == {row["log_ratio"] for row in mine} == {None}
+
+
+def test_the_readme_query(views, folder):
+    corpus = open_store(folder).corpus.to_table().group_by("source").aggregate([("num_scored", "sum")])
+    query = "select source, avg(weight_mean), sum(num_scored) from samples group by source"
+    assert {source: total for source, _, total in views.rows(query)} == {
+        row["source"]: row["num_scored_sum"] for row in corpus.to_pylist()
+    }
+
+
+@pytest.mark.parametrize(
+    "stages", [[], ["corpus"], ["corpus", "scores/behavior"], ["corpus", "weights/token"]]
+)
+def test_every_view_exists_whatever_stages_do(folder, stages):
+    store = open_store(folder)
+    with connect(store) as views:
+        complete = {
+            view: columns(views, view) for view in ("corpus", "scores", "weights", "samples", "tokens")
+        }
+    store.manifest.stages = {key: store.manifest.stages[key] for key in stages}
+    with connect(store) as views:
+        for view, kinds in complete.items():
+            assert columns(views, view).items() <= kinds.items()
+            if view in ("corpus", "scores", "weights"):
+                assert columns(views, view) == kinds
+        assert {"sample_id", "source", "weight_mean", "ess", "weight_status"} <= columns(
+            views, "samples"
+        ).keys()
+        assert {"position", "t", "token", "log_ratio", "weight"} <= columns(views, "tokens").keys()
+        assert scalar(views, "select count(*) from samples") == (20 if stages else 0)
+        assert bool(scalar(views, "select count(*) from tokens")) == bool(stages)
+        assert scalar(views, "select count(log_ratio) from tokens") == 0
+
+
+def test_columns_without_a_name_are_those_of_block_or_the_first(folder):
+    store = open_store(folder)
+    assert list(store.manifest.stages)[-2:] == ["weights/token", "weights/block"]
+    with connect(store) as views:
+        assert scalar(views, "select bool_and(weight is not distinct from weight_block) from tokens")
+    del store.manifest.stages["weights/block"]
+    with connect(store) as views:
+        assert scalar(views, "select bool_and(weight is not distinct from weight_token) from tokens")
+
+
+def test_only_committed_shards_are_read(folder):
+    shutil.copy(folder / "corpus" / "part-00000.parquet", folder / "corpus" / "part-00009.parquet")
+    store = open_store(folder)
+    del store.manifest.stages["weights/token"].shards[0]
+    with connect(store) as views:
+        assert scalar(views, "select count(*) from corpus") == 20
+        assert scalar(views, "select count(*) from weights where name = 'token'") == 13
+        assert scalar(views, "select count(weight_mean_token) from samples") == 13
+
+
+@pytest.mark.parametrize("name", ["label=1", "a b'c", "s[ab]*?", "ü"])
+def test_folders_with_any_name(make_store, samples, tmp_path, name):
+    folder = make_store(samples, f"{name}/store")
+    decoy = tmp_path / "sa" / "store" / "corpus"
+    decoy.mkdir(parents=True)
+    pq.write_table(pa.table({"sample_id": ["decoy"]}), decoy / "part-00000.parquet")
+    with connect(open_store(folder)) as views:
+        assert scalar(views, "select count(*) from corpus where label = 1 and sample_id <> 'decoy'") == 20
+
+
+def test_policies_with_any_name(make_store, samples):
+    store = open_store(make_store(samples))
+    store.manifest.stages["scores/a-b.c"] = store.manifest.stages.pop("scores/behavior")
+    with connect(store) as views:
+        assert scalar(views, 'select count("logprob_a-b.c") from tokens') > 0
+
+
+def test_a_damaged_store_is_refused_before_the_query(folder):
+    path = folder / "scores" / "initial" / "part-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MismatchError, match=r"part-00001.parquet has \d+ bytes where the manifest says"):
+        connect(open_store(folder)).__enter__()
+    path.unlink()
+    with pytest.raises(MismatchError, match="is missing"):
+        connect(open_store(folder)).__enter__()
+
+
+READING = [
+    "select 1",
+    "select 1; -- and no more",
+    "from samples limit 1",
+    "values (1)",
+    "describe tokens",
+    "summarize samples",
+    "show tables",
+    "explain select 1",
+    "/* é */ explain /* ü */ analyze -- ö\n select 'é' from samples",
+    "with a as (select 1 as x) from a",
+    "with recursive r as (select 1 as a union all select a + 1 from r where a < 3) from r",
+    "select * from unnest([1, 2]), range(2)",
+    "from samples pivot (avg(num_scored) for source in ('even', 'odd'))",
+    "select list_transform(logprobs, lambda x: x * 2) from scores",
+    "select record->>'$.id' from corpus",
+    "select source, sum(num_scored) from samples group by grouping sets ((), (source))",
+]
+
+
+def test_reading_is_allowed(views):
+    for query in READING:
+        assert views.rows(query) is not None, query
+
+
+REFUSED = [
+    "",
+    "-- nothing",
+    "selec 1",
+    "select 1; select 2",
+    "create table t (a int)",
+    "insert into corpus values (1)",
+    "drop view corpus",
+    "attach '{elsewhere}'",
+    "copy (select 1) to '{elsewhere}'",
+    "copy corpus from '{secret}'",
+    "export database '{elsewhere}'",
+    "install httpfs",
+    "load httpfs",
+    "set memory_limit = '1TB'",
+    "reset lock_configuration",
+    "pragma enable_profiling",
+    "call enable_logging()",
+    "use main",
+    "begin",
+    "checkpoint",
+    "prepare p as select 1",
+    "explain analyze copy (select 1) to '{elsewhere}'",
+    "explain analyze create table t as select 1",
+    "explain (format json) select 1",
+    "with a as (copy (select 1) to '{shard}' (use_tmp_file false)) from a",
+    "explain analyze with a as (copy (select 1) to '{shard}' (use_tmp_file false)) from a",
+    "with a as (insert into corpus values (1) returning *) from a",
+    "from query('with a as (copy (select 1) to ''{shard}'' (use_tmp_file false)) from a')",
+    "from json_execute_serialized_sql(json_serialize_sql('select 1'))",
+    "from read_text('{secret}')",
+    "select (select content from read_text('{secret}'))",
+    "describe select * from read_csv('{secret}')",
+    "from glob('/etc/*')",
+    "from read_parquet('{shard}')",
+    "from enable_logging('QueryLog', storage = 'file', storage_path = '{elsewhere}')",
+    "from arrow_scan(1, 2, 3)",
+    "from duckdb_secrets()",
+    "from samples where sample_id in (from query_table('corpus'))",
+]
+
+
+def test_whatever_does_more_than_read_is_refused(views, folder, tmp_path):
+    secret = tmp_path / "secret.csv"
+    secret.write_text("swordfish")
+    shard = folder / "corpus" / "part-00000.parquet"
+    before = shard.read_bytes()
+    for query in REFUSED:
+        with pytest.raises(UsageError) as refusal:
+            views.rows(query.format(elsewhere=tmp_path / "elsewhere", secret=secret, shard=shard))
+            pytest.fail(f"not refused: {query}")
+        assert "\n" not in str(refusal.value)
+        assert not (tmp_path / "elsewhere").exists(), query
+        assert shard.read_bytes() == before, query
+
+
+def test_files_that_are_no_artefacts_cannot_be_read(views, folder, tmp_path):
+    secret = tmp_path / "secret.csv"
+    secret.write_text("swordfish")
+    for path in (secret, folder / "manifest.json", "/etc/passwd", "https://example.org/x.parquet"):
+        with pytest.raises(PearError, match="file system operations are disabled|not exist"):
+            views.rows(f"from '{path}'")
+
+
+def test_the_guard_is_not_all_there_is(views):
+    """Behind the check of the statement, DuckDB itself is locked."""
+    raw = views._connection
+    for statement, reason in {
+        "set enable_external_access = true": "locked|Cannot",
+        "set lock_configuration = false": "locked|Cannot",
+        "copy (select 1) to '/tmp/x.parquet'": "disabled by configuration",
+        "install httpfs": "disabled|Cannot",
+        "load httpfs": "disabled|Cannot|not found",
+    }.items():
+        with pytest.raises(duckdb.Error, match=reason):
+            raw.execute(statement)
+
+
+def test_variables_of_the_program_are_out_of_reach(views):
+    secret = pa.table({"a": [1]})
+    with pytest.raises(PearError, match="does not exist"):
+        views.rows("from secret")
+    assert len(secret) == 1
+
+
+def test_mistakes_are_one_line(views):
+    with pytest.raises(PearError, match="the query failed: Catalog Error: Table with name nope") as mistake:
+        views.rows("from nope")
+    assert "\n" not in str(mistake.value)
+    with pytest.raises(PearError, match="the query failed: .*boom"):
+        views.rows("select error('boom')")
+    _, batches = views.batches(
+        "select case when range > 50000 then error('late') end from range(100000)", 2048
+    )
+    with pytest.raises(PearError, match="the query failed: .*late"):
+        list(batches)
+
+
+def test_a_query_is_stopped_in_time(folder):
+    start = time.monotonic()
+    with (
+        connect(open_store(folder), timeout=0.3) as views,
+        pytest.raises(PearError, match=r"longer than 0\.3 s"),
+    ):
+        views.rows("select count(*) from range(1000000000) a, range(1000000000) b")
+    assert time.monotonic() - start < 20
+
+
+def test_parameters_and_store_sql(views, folder):
+    assert scalar(views, "select count(*) from tokens where sample_id = ?", "s0' or 1=1 --") == 0
+    assert open_store(folder).sql("select count(*) as n from samples").to_pylist() == [{"n": 20}]
