@@ -1,0 +1,138 @@
+"""Writing one shard of the corpus, and beside it the rows that were rejected on the way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pear_data.corpus.duplicates import duplicate_error
+from pear_data.corpus.records import Rejected
+from pear_data.schema import CORPUS, INPUT_IDS, LOSS_MASK, QUARANTINE
+from pear_data.stages.ingest_batches import Batch, Sample
+from pear_data.store import Store
+from pear_data.store.columns import list_column
+from pear_data.store.manifest import Cursor, Shard
+from pear_data.store.shards import parquet_shard, write_group
+
+GROUP_TOKENS = 1_000_000
+GROUP_BYTES = 64 << 20  # of rows, kept or rejected: what bounds memory where these are large and tokens few
+
+
+@contextlib.contextmanager
+def shard_writer(store: Store, name: str) -> Iterator[ShardWriter]:
+    """A shard to add batches to; its files are in place when the block ends well, and nowhere when it does not.
+
+    Raises:
+        PearError: the disk refused.
+    """
+    with contextlib.ExitStack() as files:
+        writer = ShardWriter(store, name, files)
+        yield writer
+        writer.flush()
+
+
+class ShardWriter:
+    """Gathers batches into row groups; use `shard_writer`."""
+
+    def __init__(self, store: Store, name: str, files: contextlib.ExitStack) -> None:
+        self.num_samples = 0
+        self.num_tokens = 0
+        self.num_scored = 0
+        self.quarantined = 0
+        self.first_rejected = "no row at all"
+        self._counts: Counter[str] = Counter()
+        self._cursor: Cursor | None = None
+        self._store, self._name, self._files = store, name, files
+        self._part = store.path / "corpus" / f"{name}.parquet"
+        self._quarantine = store.path / "quarantine" / f"corpus-{name}.parquet"
+        self._writer: pq.ParquetWriter = files.enter_context(parquet_shard(self._part, CORPUS))
+        self._quarantine_writer: pq.ParquetWriter | None = None
+        self._places: dict[str, str] = {}
+        self._samples: list[Sample] = []
+        self._rejected: list[tuple[str, Rejected]] = []
+
+    def add(self, batch: Batch) -> None:
+        """Take in a batch.
+
+        Raises:
+            PearError: it repeats a sample id.
+        """
+        for sample in batch.samples:
+            if sample.sample_id in self._places:
+                raise duplicate_error(sample.sample_id, self._places[sample.sample_id], sample.place)
+            self._places[sample.sample_id] = sample.place
+        if batch.rejected and not self.quarantined:
+            name, row = batch.rejected[0]
+            self.first_rejected = f"{name}:{row.number}: {row.reason}"
+        self._samples += batch.samples
+        self._rejected += batch.rejected
+        self._counts += batch.counts
+        self._cursor = batch.cursor
+        self.num_samples += len(batch.samples)
+        self.num_tokens += batch.num_tokens
+        self.quarantined += len(batch.rejected)
+        if (
+            sum(len(sample.input_ids) for sample in self._samples) >= GROUP_TOKENS
+            or sum(len(sample.record) for sample in self._samples) >= GROUP_BYTES
+            or sum(len(row.raw) for _, row in self._rejected) >= GROUP_BYTES
+        ):
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was gathered as a row group of the shard and one of its quarantine."""
+        if self._samples:
+            write_group(self._writer, _corpus_rows(self._samples))
+            self.num_scored += sum(int(sample.loss_mask.sum()) for sample in self._samples)
+            self._samples = []
+        if self._rejected:
+            if self._quarantine_writer is None:
+                self._quarantine_writer = self._files.enter_context(
+                    parquet_shard(self._quarantine, QUARANTINE)
+                )
+            write_group(self._quarantine_writer, _quarantine_rows(self._rejected))
+            self._rejected = []
+
+    def entry(self) -> Shard:
+        """The manifest's entry of the shard, once its files are in place."""
+        return Shard(
+            name=self._name,
+            file=self._store.entry_of(self._part),
+            rows=self.num_samples,
+            num_tokens=self.num_tokens,
+            num_scored=self.num_scored,
+            statuses=dict(self._counts),
+            cursor=self._cursor,
+            quarantine=self._store.entry_of(self._quarantine) if self.quarantined else None,
+            quarantined=self.quarantined,
+        )
+
+
+def _corpus_rows(samples: list[Sample]) -> pa.Table:
+    lengths = np.array([len(sample.input_ids) for sample in samples], dtype=np.int64)
+    masks = [sample.loss_mask for sample in samples]
+    columns = [
+        pa.array([sample.sample_id for sample in samples], pa.string()),
+        pa.array([sample.source for sample in samples], pa.string()),
+        pa.array([sample.label for sample in samples], pa.int8()),
+        list_column(np.concatenate([sample.input_ids for sample in samples]), lengths, INPUT_IDS),
+        list_column(np.concatenate(masks), lengths, LOSS_MASK),
+        pa.array(lengths, pa.int32()),
+        pa.array([int(mask.sum()) for mask in masks], pa.int32()),
+        pa.array([sample.record for sample in samples], pa.string()),
+    ]
+    return pa.table(columns, schema=CORPUS)
+
+
+def _quarantine_rows(rows: list[tuple[str, Rejected]]) -> pa.Table:
+    columns = [
+        pa.array([name for name, _ in rows], pa.string()),
+        pa.array([row.number for _, row in rows], pa.int64()),
+        pa.array([row.reason for _, row in rows], pa.string()),
+        pa.array([row.raw for _, row in rows], pa.binary()),
+    ]
+    return pa.table(columns, schema=QUARANTINE)
