@@ -24,14 +24,13 @@ from pear_data.engines.batching import (
     token_budget_batches,
 )
 from pear_data.engines.checkpoint import load_config, resolve_max_length, unloadable
+from pear_data.engines.dtypes import DTYPES, resolve_dtype
 from pear_data.engines.head import BlockedHead, full_logprobs
 from pear_data.engines.model_identity import model_identity
 from pear_data.engines.self_check import head_reproduces_logits, require_causal
 from pear_data.errors import PearError, UsageError
 from pear_data.tokens import IntArray, TokenBatch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-AUTO_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}  # padded tokens of one forward pass
 FORWARDS_PER_BATCH = 16  # so that sorting by length leaves little padding
 
@@ -65,9 +64,7 @@ class TransformersEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self._device = _resolve_device(device)
-        self._dtype = AUTO_DTYPE[self._device] if dtype == "auto" else dtype
-        if self._dtype not in DTYPES:
-            raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
+        self._dtype = resolve_dtype(dtype, self._device)
         config = load_config(model, revision, trust_remote_code)
         self.max_length = resolve_max_length(config, max_length, model)
         self._forward_tokens = FORWARD_TOKENS[self._device]

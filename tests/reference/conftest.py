@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_models import corpus, reference_logprobs, save_model
+from tiny_models import corpus, reference_logprobs, save_batch, save_model
 
 from pear_data.tokens import TokenBatch
 
@@ -31,3 +35,53 @@ def engine_corpus() -> TokenBatch:
 def expected(model_dir: Callable[[str], str], engine_corpus: TokenBatch) -> Callable[[str], np.ndarray]:
     """Reference log-probs of the corpus under a kind of model, float64."""
     return cache(lambda kind: reference_logprobs(model_dir(kind), engine_corpus))
+
+
+VLLM_KINDS = {"classic": ["qwen2", "llama-tied", "gemma2"], "spawned": ["qwen2"], "targets": ["qwen2"]}
+
+
+@pytest.fixture(scope="session")
+def vllm_results(
+    model_dir: Callable[[str], str], engine_corpus: TokenBatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str, str], dict[str, np.ndarray]]]:
+    """What `vllm_child.py` found in a mode under a kind of model; all its processes run side by side."""
+    folder = tmp_path_factory.mktemp("vllm")
+    batch = save_batch(folder / "batch.npz", engine_corpus)
+    children = {}
+    for mode, kinds in VLLM_KINDS.items():
+        jobs = [
+            {"model": model_dir(kind), "batch": batch, "result": str(folder / f"{mode}-{kind}.npz")}
+            for kind in kinds
+        ]
+        (folder / f"{mode}.json").write_text(json.dumps(jobs))
+        children[mode] = _start(mode, folder)
+
+    @cache
+    def outcome(mode: str) -> None:
+        assert children[mode].wait(timeout=500) == 0, (folder / f"{mode}.out").read_text()
+        assert (folder / f"{mode}.out").read_text() == "", "vLLM must leave the terminal alone"
+        with pytest.raises(ProcessLookupError):  # nothing of the child's session is left
+            os.killpg(children[mode].pid, 0)
+
+    def result(mode: str, kind: str) -> dict[str, np.ndarray]:
+        outcome(mode)
+        return dict(np.load(folder / f"{mode}-{kind}.npz"))
+
+    yield result
+    for child in children.values():
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _start(mode: str, folder: Path) -> subprocess.Popen[bytes]:
+    script = Path(__file__).with_name("vllm_child.py")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    with (folder / f"{mode}.out").open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, str(script), mode, str(folder / f"{mode}.json")],
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+        )

@@ -74,7 +74,7 @@ def turns(*lengths: int) -> np.ndarray:
 def corpus() -> TokenBatch:
     """Multi-turn, 1-token, 2,000-token, single-token, unscored, fully scored and longest samples."""
     rng = np.random.default_rng(3)
-    random = [turns(*rng.integers(1, 60, size=rng.integers(2, 7))) for _ in range(40)]
+    random = [turns(*rng.integers(1, 60, size=rng.integers(2, 7))) for _ in range(12)]
     scattered = rng.random(300) < 0.5
     scattered[0] = False
     shapes = [
@@ -91,6 +91,18 @@ def corpus() -> TokenBatch:
     ]
     masks = [*random, *shapes]
     return batch_of([masks[i] for i in rng.permutation(len(masks))])
+
+
+def save_batch(file: Path, batch: TokenBatch) -> str:
+    """Write a batch as .npz, for a process of its own to read; the path."""
+    np.savez(
+        file,
+        sample_ids=np.array(batch.sample_ids),
+        input_ids=batch.input_ids,
+        loss_mask=batch.loss_mask,
+        offsets=batch.offsets,
+    )
+    return str(file)
 
 
 def reference_logprobs(model: str, batch: TokenBatch, device: str = "cpu") -> np.ndarray:

@@ -1,0 +1,118 @@
+"""Starting and stopping vLLM, quietly: the one place that imports it.
+
+What vLLM writes while it starts, and all that its child process ever writes, goes to an unnamed temporary file, from
+which the reason is taken where it fails. Setting VLLM_LOGGING_LEVEL shows it on the terminal instead.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import IO, Any
+
+from pear_data.errors import PearError
+
+_INVALID = re.compile(r"Value error, (.+?)(?: \[type=.*)?$", re.MULTILINE)  # how pydantic words a refusal
+_RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): (.+)")  # the last line of a logged traceback
+_CHILD_FAILED = "Engine core initialization failed"
+
+
+class VllmProcess:
+    """A running `vllm.LLM`, in this process or in a child as VLLM_ENABLE_V1_MULTIPROCESSING says.
+
+    Args:
+        model: its name in messages.
+        arguments: gives what `vllm.LLM` takes; called when vLLM may be imported.
+        environment: variables for vLLM to read; those the user has set stay as they are.
+
+    Raises PearError, with vLLM's reason in one line, where it does not start.
+    """
+
+    def __init__(
+        self, model: str, arguments: Callable[[], dict[str, Any]], environment: dict[str, str]
+    ) -> None:
+        self._model = model
+        with ExitStack() as undo:
+            quiet = "VLLM_LOGGING_LEVEL" not in os.environ
+            undo.enter_context(_variables({"VLLM_LOGGING_LEVEL": "ERROR", **environment}))
+            self._log = undo.enter_context(tempfile.TemporaryFile())
+            with self._failures("cannot start with"), ExitStack() as starting:
+                if quiet:
+                    starting.enter_context(_output_to(self._log))
+                import vllm
+
+                self.llm = vllm.LLM(**arguments())
+            undo.callback(self._stop)
+            self._undo = undo.pop_all()
+
+    def generate(self, prompts: list[Any], parameters: list[Any]) -> list[Any]:
+        """`LLM.generate`: one `RequestOutput` per prompt, in order. Raises PearError where the engine dies."""
+        with self._failures("stopped scoring with"):
+            found: list[Any] = self.llm.generate(prompts, parameters, use_tqdm=False)
+        return found
+
+    def stop(self) -> None:
+        """End the engine, and its process where it has one of its own."""
+        self._undo.close()
+
+    def _stop(self) -> None:
+        from vllm import envs
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+    @contextmanager
+    def _failures(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except PearError:
+            raise
+        except Exception as error:
+            raise PearError(f"vLLM {what} {self._model}: {self._reason(error)}") from error
+
+    def _reason(self, error: Exception) -> str:
+        text = str(error).strip() or type(error).__name__
+        if text.startswith(_CHILD_FAILED):
+            self._log.seek(0)
+            logged = _RAISED.findall(self._log.read().decode(errors="replace"))
+            return str(logged[-1]).strip() if logged else text
+        invalid = _INVALID.search(text)
+        return invalid[1] if invalid else text.splitlines()[0]
+
+
+@contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Set the environment variables that are not set yet; take them back at the end."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _output_to(log: IO[bytes]) -> Iterator[None]:
+    """Send what this process and the children it starts write on their standard streams to `log`."""
+    saved = {}
+    for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        saved[descriptor] = os.dup(descriptor)
+        os.dup2(log.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+            stream.flush()
+            os.dup2(saved[descriptor], descriptor)
+            os.close(saved[descriptor])
