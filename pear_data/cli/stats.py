@@ -1,0 +1,92 @@
+"""`pear-data stats`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pear_data.cli.options import common_options
+
+if TYPE_CHECKING:
+    from pear_data.stages.statistics import WeightingStatistics
+
+
+@click.command("stats", short_help="Diagnose the weights: how concentrated, how clipped, how far apart.")
+@click.option(
+    "--weights", "names", multiple=True, metavar="NAME", help="Weighting; repeatable. Default: all."
+)
+@click.option("--by", type=click.Choice(["source"]), help="Numbers of each source beside the whole corpus.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "jsonl", "csv"]),
+    envvar="PEAR_STATS_FORMAT",
+    default="table",
+    show_default=True,
+    help="json: everything, nested; jsonl and csv: a flat row per weighting (and source).",
+)
+@common_options
+def command(store: Path, names: tuple[str, ...], by: str | None, form: str) -> None:
+    """Show the diagnostics of each weighting and say in words what looks wrong.
+
+    ESS is the effective sample size: how many equally weighted tokens would carry as much signal.
+
+    \b
+    Examples:
+      pear-data stats
+      pear-data stats --weights block --by source
+      pear-data stats --format json | jq '.[0].corpus.ess_ratio'
+    """
+    from pear_data.stages.statistics import statistics
+    from pear_data.store import open_store
+
+    found = statistics(open_store(store), names)
+    if form == "table":
+        _print_tables(found, by_source=by is not None)
+    else:
+        _print_rows(found, form, by_source=by is not None)
+
+
+def _print_tables(found: list[WeightingStatistics], *, by_source: bool) -> None:
+    import sys
+
+    from rich.console import Console
+
+    from pear_data.stages.sql import UNLIMITED_WIDTH
+    from pear_data.stages.statistics_text import described, set_aside, source_table, statistics_table
+
+    width = None if sys.stdout.isatty() else UNLIMITED_WIDTH
+    console = Console(markup=False, highlight=False, emoji=False, width=width)
+    for table in [source_table(one) for one in found] if by_source else [statistics_table(found)]:
+        console.print(table)
+    for one in found:
+        console.print(f"{one.weights}: {described(one.settings)}", soft_wrap=True)
+        if aside := set_aside(one.corpus):
+            console.print(f"  {aside}", soft_wrap=True)
+        for finding in one.findings:
+            console.print(f"  ! {finding.text}", soft_wrap=True)
+        if not one.findings:
+            console.print("  nothing looks wrong", soft_wrap=True)
+
+
+def _print_rows(found: list[WeightingStatistics], form: str, *, by_source: bool) -> None:
+    import csv
+    import json
+    import sys
+
+    from pear_data.stages.statistics_text import csv_cell, flat_rows
+
+    if form == "json":
+        # ASCII: a source may hold characters that steer a terminal.
+        click.echo(json.dumps([one.model_dump(mode="json") for one in found], indent=1))
+        return
+    rows = flat_rows(found, by_source=by_source)
+    if form == "jsonl":
+        for row in rows:
+            click.echo(json.dumps(row))
+    elif rows:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows([csv_cell(value) for value in row.values()] for row in rows)
