@@ -56,12 +56,12 @@ def command(folder: Path) -> int:
 
 
 def _story(corpus: GroupStatistics) -> str:
-    return (
-        f"\n{corpus.samples:,} right answers to number puzzles, {corpus.scored_tokens:,} tokens, written by the behavior"
-        f" policy (perplexity {corpus.ppl_behavior:.2f} on them).\nThe initial policy, which is to be trained on them, finds"
-        f" them less likely (perplexity {corpus.ppl_target:.2f}).\nPEAR weighs each token's loss by how likely the initial"
-        f" policy is to go on as the answer does;\n{corpus.negatives} wrong answers (label -1) are left out.\n"
-    )
+    return f"""
+{corpus.samples:,} right answers to number puzzles, {corpus.scored_tokens:,} tokens, written by the behavior policy
+(perplexity {corpus.ppl_behavior:.2f} on them). The initial policy, which is to be trained on them, finds them less
+likely (perplexity {corpus.ppl_target:.2f}). PEAR weighs each token's loss by how likely the initial policy is to go on
+as the answer does. {corpus.negatives} wrong answers (label -1) are left out.
+"""
 
 
 def _table(found: list[WeightingStatistics]) -> Table:

@@ -17,7 +17,7 @@ class TerminalProgress:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._total: int | None = None
-        self._unit = ""
+        self._title = self._unit = ""
         self._done = self._earlier = 0
         self._start = time.monotonic()
 
@@ -25,6 +25,7 @@ class TerminalProgress:
         self._console.print(line, soft_wrap=True)
 
     def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
+        self._title = title
         self._total, self._unit, self._done, self._earlier = total, unit, done, done
         self._start = time.monotonic()
         if not self._console.is_terminal:
@@ -47,7 +48,7 @@ class TerminalProgress:
             self._bar.update(self._task, advance=count, speed=f"{self._speed():,.0f} {self._unit}/s")
 
     def shard(self, name: str, note: str) -> None:
-        line = f"{name}: {note}, {self._speed():,.0f} {self._unit}/s"
+        line = f"{self._title} {name}: {note}, {self._speed():,.0f} {self._unit}/s"
         if self._total is not None and self._speed() > 0:
             left = (self._total - self._done) / self._speed()
             line += f", {_clock(max(0.0, left))} left"

@@ -30,22 +30,31 @@ def aligned_shards(store: Store, keys: Sequence[str]) -> list[AlignedShard]:
 
     Raises:
         UsageError: a stage is missing or not finished.
-        MismatchError: a stage lacks a shard, or made it from another corpus shard than the present one.
+        MismatchError: a stage lacks a shard, or made it from something else than the store holds now.
     """
-    stages = {key: store.complete_stage(key) for key in keys}
-    shards = []
-    for corpus_shard in store.complete_stage(CORPUS).shards:
-        entries = {CORPUS: corpus_shard}
-        for key, stage in stages.items():
-            entry = stage.shard(corpus_shard.name)
-            if entry is None or entry.inputs.get(CORPUS) != corpus_shard.file.sha256:
-                raise MismatchError(
-                    f"{key} in {store.path} was not made from the present corpus (shard {corpus_shard.name}): "
-                    "run the command that makes it again"
-                )
-            entries[key] = entry
-        shards.append(AlignedShard(corpus_shard.name, entries))
-    return shards
+    corpus = store.complete_stage(CORPUS)
+    for key in keys:
+        store.complete_stage(key)
+    return [
+        AlignedShard(
+            shard.name, {CORPUS: shard, **{key: _counterpart(store, key, shard.name) for key in keys}}
+        )
+        for shard in corpus.shards
+    ]
+
+
+def _counterpart(store: Store, key: str, name: str) -> Shard:
+    entry = store.stage(key).shard(name)
+    if entry is None:
+        raise MismatchError(f"{key} in {store.path} lacks {name}: run the command that makes it again")
+    for source, checksum in entry.inputs.items():
+        present = store.stage(source).shard(name)
+        if present is None or present.file.sha256 != checksum:
+            raise MismatchError(
+                f"{key} in {store.path} was not made from the present {source} (shard {name}): "
+                "run the command that makes it again"
+            )
+    return entry
 
 
 def aligned_row_groups(

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pear_data.config import WeightSettings
-from pear_data.errors import MismatchError
 from pear_data.schema import STATUS_OK
 from pear_data.stages.alignment import aligned_row_groups, aligned_shards
 from pear_data.stages.histogram import Histogram
@@ -108,13 +107,6 @@ def measure(store: Store, name: str) -> Measured:
     }
     sources: dict[str, Totals] = {}
     for shard in aligned_shards(store, [target, behavior, key]):
-        made_from = {**shard.checksums}
-        del made_from[key]
-        if shard.entries[key].inputs != made_from:
-            raise MismatchError(
-                f"{key} in {store.path} was not made from the present log-probs (shard {shard.name}): "
-                "run `pear-data weight` again"
-            )
         for tables in aligned_row_groups(store, shard, columns):
             named = tables[CORPUS]["source"].combine_chunks().dictionary_encode()
             for code, source in enumerate(named.dictionary.to_pylist()):

@@ -174,7 +174,7 @@ def test_missing_and_stale_weights_are_refused(make_store, samples):
     with pytest.raises(UsageError, match=r"weights/token.*have: block"):
         statistics(store, ["token"])
     store.stage("weights/block").shards[0].inputs["scores/behavior"] = "0" * 64
-    with pytest.raises(MismatchError, match="was not made from the present log-probs"):
+    with pytest.raises(MismatchError, match="was not made from the present scores/behavior"):
         statistics(store)
 
 
