@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -60,8 +62,7 @@ def vllm_results(
     def outcome(mode: str) -> None:
         assert children[mode].wait(timeout=500) == 0, (folder / f"{mode}.out").read_text()
         assert (folder / f"{mode}.out").read_text() == "", "vLLM must leave the terminal alone"
-        with pytest.raises(ProcessLookupError):  # nothing of the child's session is left
-            os.killpg(children[mode].pid, 0)
+        assert not _left_of_session(children[mode].pid)
 
     def result(mode: str, kind: str) -> dict[str, np.ndarray]:
         outcome(mode)
@@ -72,6 +73,16 @@ def vllm_results(
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+
+
+def _left_of_session(session: int) -> list[psutil.Process]:
+    """Processes of a session whose leader has ended, once those that are ending had 10 seconds for it."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+    return psutil.wait_procs(left, timeout=10)[1]
 
 
 def _start(mode: str, folder: Path) -> subprocess.Popen[bytes]:

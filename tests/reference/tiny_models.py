@@ -105,9 +105,11 @@ def save_batch(file: Path, batch: TokenBatch) -> str:
     return str(file)
 
 
-def reference_logprobs(model: str, batch: TokenBatch, device: str = "cpu") -> np.ndarray:
-    """One sample at a time through float32 transformers, eager attention, float64 log-softmax; float64."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+def reference_logprobs(
+    model: str, batch: TokenBatch, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> np.ndarray:
+    """One sample at a time through plain transformers, eager attention, float64 log-softmax; float64."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="eager")
     loaded.to(device).eval()
     pieces = []
     with torch.inference_mode():
