@@ -18,6 +18,8 @@ from pear_data.errors import PearError, SampleError, UsageError
 
 ROW_IDS = ":row"  # as --id-field: number the rows, whatever ids they carry
 ID_FIELDS = ("sample_id", "id", "uuid")
+SOURCE_FIELD = "source"  # read where a row has it, unless another field is named
+LABEL_FIELD = "label"  # read only when asked for: in many corpora it is a class
 _HEAD = 1000  # readable rows among which one must fit a layout
 
 
@@ -41,6 +43,7 @@ class Plan:
     layout: Layout | None
     also_fits: tuple[str, ...]
     id_field: str | None  # None: ids are the rows' places
+    unread_label: bool
     settings: IngestSettings
     vocabulary_size: int  # one more than the largest token id
 
@@ -52,7 +55,12 @@ class Plan:
             f" (fits {', '.join(self.also_fits)} too; the first in order is taken)" if self.also_fits else ""
         )
         ids = f"field {self.id_field!r}" if self.id_field else "row numbers"
-        return f"layout {self.layout.name}{also}, ids from {ids}"
+        label = (
+            f"; field {LABEL_FIELD!r} is not read (--label-field {LABEL_FIELD} takes it as 1 or -1)"
+            if self.unread_label
+            else ""
+        )
+        return f"layout {self.layout.name}{also}, ids from {ids}{label}"
 
     def examples(self, skip: int) -> Iterator[Example | Rejected]:
         """One for every row after the first `skip`.
@@ -74,15 +82,21 @@ class Plan:
         content = self.layout.content(row.fields)
         if isinstance(content, Tokens):
             self._check_ids(content)
-        source, label = self.settings.source_field, self.settings.label_field
+        label = self.settings.label_field
         return Example(
             row.number,
             self._sample_id(row),
-            _text(row.fields, source) if source else self.input.source,
+            self._source(row),
             _label(row.fields, label) if label else 1,
             content,
             row.as_json(without=self.layout.stored),
         )
+
+    def _source(self, row: Row) -> str:
+        if self.settings.source_field:
+            return _text(row.fields, self.settings.source_field)
+        found = row.fields.get(SOURCE_FIELD)
+        return found if isinstance(found, str) and found else self.input.source
 
     def _check_ids(self, tokens: Tokens) -> None:
         strange = (tokens.input_ids < 0) | (tokens.input_ids >= self.vocabulary_size)
@@ -119,10 +133,11 @@ def plan_input(source: Input, settings: IngestSettings, vocabulary_size: int) ->
         if layouts and all(row.fields.get(name) is not None for name in asked if name):
             names = tuple(layout.name for layout in layouts[1:])
             id_field = _id_field(row.fields, settings)
-            return Plan(source, layouts[0], names, id_field, settings, vocabulary_size)
+            unread_label = settings.label_field is None and LABEL_FIELD in row.fields
+            return Plan(source, layouts[0], names, id_field, unread_label, settings, vocabulary_size)
     if first is not None:
         raise UsageError(_nothing_fits(source, first, settings))
-    return Plan(source, None, (), None, settings, vocabulary_size)
+    return Plan(source, None, (), None, False, settings, vocabulary_size)
 
 
 def rows_of(source: Input, skip: int) -> Iterator[Row | Rejected]:
