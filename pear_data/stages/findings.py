@@ -188,7 +188,7 @@ def _sequence(settings: WeightSettings) -> str | None:
 
 def _slower(settings: WeightSettings) -> str:
     low, high = settings.clip_log_ratio
-    return f"--clip-log-ratio {low / 4:g} {high:g} for a slower decay"
+    return f"--clip-log-ratio {low / 4:g} {high:g} for smaller sums"
 
 
 def _remedy(*options: str | None) -> str:
