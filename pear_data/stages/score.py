@@ -9,7 +9,6 @@ import pyarrow as pa
 
 from pear_data.config import ScoreSettings
 from pear_data.corpus.batches import token_batches
-from pear_data.errors import MismatchError
 from pear_data.progress import Outcome, Progress
 from pear_data.schema import FLOATS, SCORES, STATUS_OK
 from pear_data.stages.sources import Floats, PolicySource, Status, open_source
@@ -100,8 +99,6 @@ def _score_rows(batch: TokenBatch, logprobs: Floats, status: Status) -> pa.Table
     """One row group; rows whose status is not ok have null log-probs and sum."""
     ok = status == STATUS_OK
     lengths = batch.num_scored
-    if len(logprobs) != lengths.sum():
-        raise MismatchError(f"{len(logprobs)} log-probs came back for {lengths.sum()} scored tokens")
     starts = batch.scored_offsets[:-1]
     sums = np.add.reduceat(np.where(np.repeat(ok, lengths), logprobs, 0.0), starts, dtype=np.float64)
     columns = [

@@ -15,7 +15,7 @@ import pyarrow as pa
 from pear_data.config import ScoreSettings
 from pear_data.engines.base import Engine, OnTokens
 from pear_data.engines.select import open_engine
-from pear_data.errors import SampleError, UsageError
+from pear_data.errors import PearError, SampleError, UsageError
 from pear_data.progress import Progress
 from pear_data.resources import resolve
 from pear_data.schema import STATUS_BAD_FIELD, STATUS_NONFINITE, STATUS_OK, STATUS_TOO_LONG
@@ -57,6 +57,11 @@ def engine_source(engine: Engine, max_length: int | None) -> PolicySource:
             part = batch.take(rows)
             values = engine.score(part, on_tokens)
             lengths = part.num_scored
+            if len(values) != lengths.sum():
+                raise PearError(
+                    f"{engine.name} gave {len(values)} log-probs for {lengths.sum()} scored tokens from sample "
+                    f"{part.sample_ids[0]} on: nothing of this shard is kept; try --engine transformers"
+                )
             into = np.repeat(scored_offsets[rows] - part.scored_offsets[:-1], lengths) + np.arange(
                 len(values)
             )
