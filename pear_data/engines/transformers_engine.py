@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from pear_data.engines.base import OnTokens
@@ -158,7 +159,7 @@ def _load(model: str, config: Any, revision: str | None, dtype: torch.dtype, tru
                 attn_implementation="eager" if caps_attention else None,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unloadable(model, error) from error
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if absent:

@@ -77,7 +77,9 @@ class VllmProcess:
         except PearError:
             raise
         except Exception as error:
-            raise PearError(f"vLLM {what} {self._model}: {self._reason(error)}") from error
+            reason = self._reason(error)
+            advice = " (--max-length sets max_model_len)" if "max_model_len" in reason else ""
+            raise PearError(f"vLLM {what} {self._model}: {reason}{advice}") from error
 
     def _reason(self, error: Exception) -> str:
         text = str(error).strip() or type(error).__name__

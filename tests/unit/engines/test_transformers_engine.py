@@ -121,6 +121,13 @@ def test_weights_that_would_be_random_are_refused(llama: str, tmp_path: Path) ->
         TransformersEngine(str(tmp_path))
 
 
+def test_damaged_weights_are_one_line(llama: str, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(PearError, match="cannot load the model .*: Error while deserializing header"):
+        TransformersEngine(str(tmp_path))
+
+
 def test_pickled_weights_are_refused(llama: str, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path, dirs_exist_ok=True)
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")

@@ -98,6 +98,10 @@ def test_its_output_is_shown_when_asked_for(
             r"Model architectures \['X'\] are not supported.",
         ),
         ("Engine core initialization failed. See root cause above.", "Free memory on device cuda:0 is less"),
+        (
+            "Try decreasing `max_model_len`.",
+            r"Try decreasing `max_model_len`. \(--max-length sets max_model_len\)",
+        ),
         ("", "RuntimeError"),
     ],
 )
