@@ -40,12 +40,13 @@ class ExportManifest(BaseModel):
     format: Literal["hf"]
     created_by: str
     alignment: str = Field(
-        "loss_weights[t] multiplies -log p(input_ids[t] | input_ids[<t]): unshifted, at the index of the label; "
+        default="loss_weights[t] multiplies -log p(input_ids[t] | input_ids[<t]): unshifted, at the index of the label; "
         "0 where not scored, so index 0 is 0",
         description="Which token a weight multiplies.",
     )
     normaliser: str = Field(
-        "sum(loss_weights * nll) / count(labels != -100)", description="The loss these weights are made for."
+        default="sum(loss_weights * nll) / count(labels != -100)",
+        description="The loss these weights are made for.",
     )
     tokenizer: str
     tokenizer_fingerprint: str

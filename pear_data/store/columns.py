@@ -14,7 +14,7 @@ IntArray = npt.NDArray[np.int64]
 def flat_values(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
     """The elements of a list column back to back; null lists contribute none."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(array.flatten().to_numpy(zero_copy_only=False))
 
 
 def list_lengths(column: pa.ChunkedArray | pa.Array) -> IntArray:
