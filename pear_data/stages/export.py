@@ -40,8 +40,8 @@ class ExportManifest(BaseModel):
     format: Literal["hf"]
     created_by: str
     alignment: str = Field(
-        default="loss_weights[t] multiplies -log p(input_ids[t] | input_ids[<t]): unshifted, at the index of the label; "
-        "0 where not scored, so index 0 is 0",
+        default="loss_weights[t] multiplies -log p(input_ids[t] | input_ids[<t]): unshifted, at the index of the "
+        "label; 0 where not scored, so index 0 is 0",
         description="Which token a weight multiplies.",
     )
     normaliser: str = Field(
