@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pear_data.config import ScoreSettings
 from pear_data.engines.base import Engine, OnTokens
-from pear_data.engines.select import open_engine
+from pear_data.engines.selection import open_engine
 from pear_data.errors import PearError, SampleError, UsageError
 from pear_data.progress import Progress
 from pear_data.resources import resolve

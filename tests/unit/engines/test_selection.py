@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from pear_data.engines import select
-from pear_data.engines.select import choose_engine, open_engine
+from pear_data.engines import selection
+from pear_data.engines.selection import choose_engine, open_engine
 from pear_data.engines.transformers_engine import TransformersEngine
 from pear_data.errors import UsageError
 
@@ -18,7 +18,7 @@ from pear_data.errors import UsageError
     ],
 )
 def test_auto(installed: bool, gpu: bool, chosen: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(selection, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     name, sentence = choose_engine("auto")
     assert name == chosen
@@ -26,7 +26,7 @@ def test_auto(installed: bool, gpu: bool, chosen: str, why: str, monkeypatch: py
 
 
 def test_vllm_asked_for_and_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "find_spec", lambda name: None)
+    monkeypatch.setattr(selection, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'pear-data\[vllm\]'"):
         open_engine("vllm", "any")
 
