@@ -27,12 +27,12 @@ def duplicate_error(sample_id: str, first: str, second: str) -> PearError:
 
 
 def check_unique_ids(store: Store, shards: Sequence[Shard]) -> None:
-    """Refuse a corpus in which two samples share an id.
+    """Refuse a corpus in which samples of two shards share an id; within a shard its writer has looked.
 
     Raises:
         PearError: names one such id and two places where it stands.
     """
-    sample_id = _repeated_id(store)
+    sample_id = _repeated_id(store) if len(shards) > 1 else None
     if sample_id is None:
         return
     places: list[str] = []

@@ -29,14 +29,14 @@ def read_lines(path: Path, compression: str | None, skip: int) -> Iterator[Row |
         number = 0
         while line := stream.readline(MAX_ROW_BYTES + 1):
             number += 1
-            size = len(line)
-            if size > MAX_ROW_BYTES and not line.endswith(b"\n"):
-                line = line[:QUARANTINED_BYTES]
-                size += _drain(stream)
+            too_long = len(line) > MAX_ROW_BYTES and not line.endswith(b"\n")
+            if too_long:
+                size = len(line) + _drain(stream)
             if number <= skip:
                 continue
-            if size > MAX_ROW_BYTES:
-                yield rejected(number, f"longer than {MAX_ROW_BYTES:,} bytes", line, size)
+            if too_long:
+                reason = f"longer than {MAX_ROW_BYTES:,} bytes"
+                yield rejected(number, reason, line[:QUARANTINED_BYTES], size)
                 continue
             if number == 1:
                 line = line.removeprefix(_BOM)

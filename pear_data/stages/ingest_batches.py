@@ -19,7 +19,7 @@ from pear_data.errors import SampleError
 from pear_data.store.manifest import Cursor
 
 BATCH_ROWS = 256
-BATCH_BYTES = 4 << 20
+BATCH_BYTES = 1 << 20
 ROWS, BLANK = "rows read", "blank lines passed over"
 
 Outcome = list[TokenizedSample] | SampleError
