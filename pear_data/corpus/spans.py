@@ -141,7 +141,7 @@ class SpanFinder:
         # Templates refuse or misrender an empty conversation, so the prompt's own text is looked up instead.
         if self._frame.opening and (start := text.find(self._frame.opening)) >= 0:
             return start + len(self._frame.opening)
-        if self._template.has_marks:
+        if self._template.has_marks and not self._frame.opening:
             return 0
         raise SampleError(
             "the conversation starts with an assistant turn, and its rendering does not hold the generation prompt "

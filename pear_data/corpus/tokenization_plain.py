@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -28,9 +29,7 @@ class PlainControlEncoder:
         settings = json.loads(tokenizer.to_str())
         added = settings.pop("added_tokens")
         copy = Tokenizer.from_str(json.dumps({**settings, "added_tokens": []}))
-        for token in added:
-            flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-            copy.add_tokens([AddedToken(self._name(token["content"]), **flags)])
+        copy.add_tokens([self._renamed_token(token) for token in added])
         # A renamed token may get another id: this table leads back.
         self._ids = np.arange(max(copy.get_vocab().values()) + 1, dtype=np.int32)
         for token in added:
@@ -52,6 +51,10 @@ class PlainControlEncoder:
             spelled = ", ".join(sorted(set(hidden.values())))
             return SampleError(f"the tokenizer cannot encode {spelled} as plain text")
         return Encoded(ids, encoded.positions, encoded.splits)
+
+    def _renamed_token(self, token: dict[str, Any]) -> AddedToken:
+        flags = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        return AddedToken(self._name(token["content"]), **flags)
 
     def _name(self, token: str) -> str:
         return self._names.get(token, token)
