@@ -122,11 +122,16 @@ class Store:
                 yield parquet.read_row_group(group, columns=list(columns) if columns else None)
 
     def sql(self, query: str) -> pa.Table:
-        """Run one read-only DuckDB query over the views `corpus`, `scores`, `weights`, `samples`, `tokens`."""
+        """The whole result of one reading DuckDB query over the views `corpus`, `scores`, `weights`, `samples`, `tokens`.
+
+        Raises:
+            UsageError: the query is not a single reading statement.
+            PearError: DuckDB refuses it.
+        """
         from pear_data.store.views import connect
 
-        with connect(self) as connection:
-            return connection.execute(query).to_arrow_table()
+        with connect(self) as views:
+            return views.table(query)
 
     # -- writing ---------------------------------------------------------------------------------------
 

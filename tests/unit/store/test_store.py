@@ -160,3 +160,14 @@ def test_a_missing_stage_says_what_makes_it(folder):
         store.stage("scores/behavior")
     with pytest.raises(UsageError, match="pear-data weight --name token"):
         store.stage("weights/token")
+
+
+def test_sql_gives_an_arrow_table(make_store, samples):
+    store = open_store(make_store(samples))
+    table = store.sql("select sample_id, num_scored from samples order by sample_id limit 2")
+    assert table.to_pylist() == [
+        {"sample_id": "s0", "num_scored": samples[0].loss_mask.sum()},
+        {"sample_id": "s1", "num_scored": samples[1].loss_mask.sum()},
+    ]
+    with pytest.raises(UsageError, match="is refused"):
+        store.sql("drop view corpus")
