@@ -122,7 +122,7 @@ class Store:
                 yield parquet.read_row_group(group, columns=list(columns) if columns else None)
 
     def sql(self, query: str) -> pa.Table:
-        """The whole result of one reading DuckDB query over the views `corpus`, `scores`, `weights`, `samples`, `tokens`.
+        """The whole result of one DuckDB query over the views `corpus`, `scores`, `weights`, `samples`, `tokens`.
 
         Raises:
             UsageError: the query is not a single reading statement.

@@ -60,12 +60,6 @@ class Views:
         with self._one_line_errors():
             return relation.fetchall()
 
-    def table(self, query: str) -> pa.Table:
-        """The whole result of a query. Raises as `sql` does."""
-        relation = self.sql(query)
-        with self._one_line_errors():
-            return relation.to_arrow_table()
-
     def batches(self, query: str, rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """Schema and batches of at most `rows` rows, computed as they are taken. Raises as `execute` does."""
         relation = self.execute(query)
