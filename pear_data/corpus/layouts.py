@@ -61,7 +61,7 @@ def pair_layout(prompt: str, response: str) -> Layout:
     """A layout of two fields, each a string or a list of turns."""
     return Layout(
         f"{prompt}+{response}",
-        lambda fields: fields.get(prompt) is not None and fields.get(response) is not None,
+        lambda fields: _is_side(fields.get(prompt)) and _is_side(fields.get(response)),
         lambda fields: _pair(fields, prompt, response),
         paired=True,
     )
@@ -70,6 +70,14 @@ def pair_layout(prompt: str, response: str) -> Layout:
 def recognised(fields: Fields) -> list[Layout]:
     """The layouts a row fits; the first is the one to take."""
     return [layout for layout in LAYOUTS if layout.fits(fields)]
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, str) or turns.is_turns(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | np.ndarray)
 
 
 def _required(fields: Fields, name: str) -> Any:
@@ -128,7 +136,7 @@ def _tokens_layout(scored: str, mask_of: Callable[[Fields, IntArray], Mask]) -> 
 
     return Layout(
         f"input_ids+{scored}",
-        lambda fields: fields.get("input_ids") is not None and fields.get(scored) is not None,
+        lambda fields: _is_list(fields.get("input_ids")) and _is_list(fields.get(scored)),
         content,
         stored=("input_ids", "loss_mask", "labels", "attention_mask"),
     )

@@ -109,6 +109,9 @@ def test_the_first_in_order_is_taken():
         {},
         {"text": "plain"},
         {"input_ids": [1, 2]},
+        {"input_ids": "1 2", "loss_mask": [0, 1]},
+        {"prompt": "q", "completion": 3},
+        {"prompt": [], "completion": "a"},
         {"messages": []},
         {"messages": "not turns"},
         {"messages": "[not json"},
@@ -117,7 +120,7 @@ def test_the_first_in_order_is_taken():
         {"prompt": "q", "completion": None},
         {"instruction": ["q"], "output": "a"},
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_what_no_layout_fits(fields):
     assert recognised(fields) == []
@@ -168,7 +171,7 @@ def test_the_first_token_is_never_scored():
     [
         ({"input_ids": [1, 2.0], "loss_mask": [0, 1]}, "field 'input_ids' is not a list of integers"),
         ({"input_ids": [1, True], "loss_mask": [0, 1]}, "field 'input_ids' is not a list of integers"),
-        ({"input_ids": "1 2", "loss_mask": [0, 1]}, "field 'input_ids' is not a list of integers"),
+        ({"input_ids": ["1", "2"], "loss_mask": [0, 1]}, "field 'input_ids' is not a list of integers"),
         ({"input_ids": [[1], [2]], "loss_mask": [0, 1]}, "field 'input_ids' is not a list of integers"),
         (
             {"input_ids": [1, 2**70], "loss_mask": [0, 1]},

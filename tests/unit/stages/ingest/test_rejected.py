@@ -114,6 +114,15 @@ def test_each_file_has_its_own_layout_and_every_row_must_fit_it(tmp_path, run, r
     ]
 
 
+@pytest.mark.parametrize("column", [[4, 5], [None, None], None])
+def test_files_of_mixed_schemas_are_refused_not_filled_or_cast(tmp_path, run, column):
+    pq.write_table(pa.table({"prompt": ["q", "r"], "completion": ["a", "b"]}), tmp_path / "a.parquet")
+    other = {"prompt": ["q", "r"]} | ({"completion": column} if column else {})
+    pq.write_table(pa.table(other), tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"b\.parquet: no row fits a layout; fields of row 1: 'prompt'"):
+        run(tmp_path)
+
+
 def test_one_odd_row_in_front_does_not_stop_the_job(tmp_path, run, read, quarantine):
     run(write_lines(tmp_path / "a.jsonl", [{"version": 2}, *examples(2)]))
     assert len(read()) == 2
