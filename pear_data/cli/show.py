@@ -12,10 +12,10 @@ from pear_data.cli.options import common_options
 
 @click.command("show", short_help="Show one sample, its tokens coloured by weight.")
 @click.argument("sample_id")
-@click.option("--weights", "name", metavar="NAME", help='Weighting; default: "block", else the first made.')
+@click.option("--weights", metavar="NAME", help='Weighting; default: "block", else the first made.')
 @click.option("--table", is_flag=True, help="A row per scored token with its log-ratio and weight.")
 @common_options
-def command(store: Path, sample_id: str, name: str | None, table: bool) -> None:
+def command(store: Path, sample_id: str, weights: str | None, table: bool) -> None:
     """Show one sample, its scored tokens coloured by weight: blue below 1, orange above; the prompt is dim.
 
     \b
@@ -32,4 +32,4 @@ def command(store: Path, sample_id: str, name: str | None, table: bool) -> None:
 
     width = None if sys.stdout.isatty() else UNLIMITED_WIDTH
     console = Console(markup=False, highlight=False, emoji=False, width=width)
-    show(open_store(store), sample_id, name, console, table=table)
+    show(open_store(store), sample_id, weights, console, table=table)

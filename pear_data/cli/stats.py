@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     help="json: everything, nested; jsonl and csv: a flat row per weighting (and source).",
 )
 @common_options
-def command(store: Path, names: tuple[str, ...], by: str | None, form: str) -> None:
+def command(store: Path, weights: tuple[str, ...], by: str | None, form: str) -> None:
     """Show the diagnostics of each weighting and say in words what looks wrong.
 
     ESS is the effective sample size: how many equally weighted tokens would carry as much signal.
@@ -42,7 +42,7 @@ def command(store: Path, names: tuple[str, ...], by: str | None, form: str) -> N
     from pear_data.stages.statistics import statistics
     from pear_data.store import open_store
 
-    found = statistics(open_store(store), names)
+    found = statistics(open_store(store), weights)
     if form == "table":
         _print_tables(found, by_source=by is not None)
     else:

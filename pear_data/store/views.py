@@ -11,9 +11,10 @@ import contextlib
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -26,65 +27,71 @@ from pear_data.store.view_sql import literal, view_statements
 if TYPE_CHECKING:
     from pear_data.store.store import Store
 
+Result = TypeVar("Result")
+
 # Share of the free disk that a query may spill to; the rest belongs to whoever else is writing.
 SPILL_SHARE = 0.5
 
 
 class Views:
-    """Queries over the views of one store. Made by `connect`."""
+    """Queries over the views of one store. Made by `connect`.
+
+    DuckDB runs on a thread of its own: a thread inside it hears neither Ctrl-C nor a clock.
+    """
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, timeout: float | None) -> None:
         self._connection = connection
         self._timeout = timeout
-        self.timed_out = threading.Event()
+        self._start = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="duckdb")
 
-    def execute(self, query: str, parameters: Sequence[Any] | None = None) -> duckdb.DuckDBPyRelation:
-        """The result of a query, lazily; `parameters` fill its `?`.
+    def table(self, query: str) -> pa.Table:
+        """The whole result of a query.
 
         Raises:
             UsageError: the query is not a single reading statement.
-            PearError: DuckDB refuses it (an unknown column, say); its message's first line.
+            PearError: DuckDB refuses it (an unknown column, say), in its message's first line, or it took too long.
         """
-        with self._one_line_errors():
-            return self._connection.sql(check(query), params=list(parameters) if parameters else None)
+        checked = check(query)
+        return self._run(lambda: self._connection.sql(checked).to_arrow_table())
 
-    def table(self, query: str) -> pa.Table:
-        """The whole result of a query. Raises as `execute` does."""
-        relation = self.execute(query)
-        with self._one_line_errors():
-            return relation.to_arrow_table()
-
-    def rows(self, query: str, parameters: Sequence[Any] | None = None) -> list[tuple[Any, ...]]:
-        """All rows of a small result. Raises as `execute` does."""
-        relation = self.execute(query, parameters)
-        with self._one_line_errors():
-            return relation.fetchall()
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows of a small result; `parameters` fill the `?` of the query. Raises as `table` does."""
+        checked = check(query)
+        return self._run(lambda: self._connection.sql(checked, params=list(parameters) or None).fetchall())
 
     def batches(self, query: str, rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        """Schema and batches of at most `rows` rows, computed as they are taken. Raises as `execute` does."""
-        relation = self.execute(query)
-        with self._one_line_errors():
-            reader = relation.to_arrow_reader(rows)
-        return reader.schema, self._taken(reader)
+        """Schema and batches of at most `rows` rows, computed as they are taken. Raises as `table` does."""
+        checked = check(query)
+        reader = self._run(lambda: self._connection.sql(checked).to_arrow_reader(rows))
+        return reader.schema, iter(lambda: self._run(lambda: next(reader, None)), None)
 
-    def _taken(self, reader: pa.RecordBatchReader) -> Iterator[pa.RecordBatch]:
-        with self._one_line_errors():
-            for batch in reader:
-                if self.timed_out.is_set():
-                    raise duckdb.InterruptException("interrupted between batches")
-                yield batch
+    def close(self) -> None:
+        """Let go of the thread."""
+        self._thread.shutdown()
 
-    @contextlib.contextmanager
-    def _one_line_errors(self) -> Iterator[None]:
-        # Errors met while batches are read come through Arrow, as OSError.
+    def _run(self, call: Callable[[], Result]) -> Result:
+        future = self._thread.submit(call)
         try:
-            yield
+            left = None if self._timeout is None else self._timeout - (time.monotonic() - self._start)
+            done, _ = wait([future], left)
+        except BaseException:
+            self._interrupt(future)
+            raise
+        if not done:
+            self._interrupt(future)
+            raise PearError(f"the query ran longer than {self._timeout:g} s: narrow it, or raise --timeout")
+        try:
+            return future.result()
         except (duckdb.Error, pa.ArrowException, OSError) as error:
-            if self.timed_out.is_set():
-                raise PearError(
-                    f"the query ran longer than {self._timeout:g} s: narrow it, or raise --timeout"
-                ) from None
+            # Errors met while batches are read come through Arrow, as OSError.
             raise PearError(f"the query failed: {first_line(error)}") from None
+
+    def _interrupt(self, future: Future[Any]) -> None:
+        # A query that is about to start does not hear the first call.
+        while not future.done():
+            self._connection.interrupt()
+            wait([future], 0.05)
 
 
 @contextlib.contextmanager
@@ -102,19 +109,17 @@ def connect(store: Store, *, timeout: float | None = None) -> Iterator[Views]:
     paths = [_present(store, entry) for entry in committed_files(store)]
     with tempfile.TemporaryDirectory(prefix="pear-data-sql-") as scratch:
         connection = duckdb.connect(":memory:", config=_configuration(scratch))
-        views = Views(connection, timeout)
-        timer = threading.Timer(timeout or 0, _stop, [views, connection])
-        timer.daemon = True
         try:
             _lock_down(connection, paths)
             for statement in view_statements(store.manifest, os.path.abspath(store.path)):
                 connection.execute(statement)
             connection.execute("SET lock_configuration = true")
-            if timeout is not None:
-                timer.start()
-            yield views
+            views = Views(connection, timeout)
+            try:
+                yield views
+            finally:
+                views.close()
         finally:
-            timer.cancel()
             connection.close()
 
 
@@ -151,8 +156,3 @@ def _configuration(scratch: str) -> dict[str, Any]:
 def _lock_down(connection: duckdb.DuckDBPyConnection, paths: list[str]) -> None:
     connection.execute(f"SET allowed_paths = [{', '.join(map(literal, paths))}]")
     connection.execute("SET enable_external_access = false")
-
-
-def _stop(views: Views, connection: duckdb.DuckDBPyConnection) -> None:
-    views.timed_out.set()
-    connection.interrupt()

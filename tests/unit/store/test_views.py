@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import duckdb
@@ -314,3 +317,37 @@ def test_a_query_is_stopped_in_time(folder):
 def test_parameters_and_store_sql(views, folder):
     assert scalar(views, "select count(*) from tokens where sample_id = ?", "s0' or 1=1 --") == 0
     assert open_store(folder).sql("select count(*) as n from samples").to_pylist() == [{"n": 20}]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "select count(*) from range(1000000000) a, range(1000000000) b",
+        "select range from range(100000000000)",
+    ],
+)
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_running_query_can_be_interrupted(folder, query, kind):
+    command = [
+        sys.executable,
+        "-m",
+        "pear_data",
+        "sql",
+        query,
+        "--store",
+        str(folder),
+        "-o",
+        str(folder / "out.csv"),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (folder / "out.csv.tmp").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.2)
+            process.send_signal(kind)
+            assert process.wait(timeout=30) == 130
+        finally:
+            process.kill()
+        assert process.stderr.read().strip().startswith("Error: interrupted")
+    assert not list(folder.glob("out.csv*"))
