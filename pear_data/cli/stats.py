@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command("stats", short_help="Diagnose the weights: how concentrated, how clipped, how far apart.")
-@click.option(
-    "--weights", "names", multiple=True, metavar="NAME", help="Weighting; repeatable. Default: all."
-)
+@click.option("--weights", multiple=True, metavar="NAME", help="Weighting; repeatable. Default: all.")
 @click.option("--by", type=click.Choice(["source"]), help="Numbers of each source beside the whole corpus.")
 @click.option(
     "--format",
