@@ -219,7 +219,7 @@ def _finish(store: Store, stage: Stage, progress: Progress) -> None:
 
 
 def _counts(stage: Stage) -> Counter[str]:
-    return sum((Counter(shard.statuses) for shard in stage.shards), Counter())
+    return sum((Counter(shard.counts) for shard in stage.shards), Counter())
 
 
 def _outcome(stage: Stage) -> Outcome:

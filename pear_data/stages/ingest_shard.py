@@ -105,7 +105,7 @@ class ShardWriter:
             rows=self.num_samples,
             num_tokens=self.num_tokens,
             num_scored=self.num_scored,
-            statuses=dict(self._counts),
+            counts=dict(self._counts),
             cursor=self._cursor,
             quarantine=self._store.entry_of(self._quarantine) if self.quarantined else None,
             quarantined=self.quarantined,

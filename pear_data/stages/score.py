@@ -90,7 +90,7 @@ def _score_shard(store: Store, key: str, shard: Shard, source: PolicySource, pro
         rows=shard.rows,
         num_tokens=scored,
         num_scored=scored,
-        statuses=dict(statuses),
+        counts=dict(statuses),
         inputs={CORPUS: shard.file.sha256},
     )
 
@@ -115,7 +115,7 @@ def _outcome(store: Store, key: str, resumed: int) -> Outcome:
     stage = store.stage(key)
     statuses: Counter[str] = Counter()
     for shard in stage.shards:
-        statuses.update(shard.statuses)
+        statuses.update(shard.counts)
     rejected = sum(count for status, count in statuses.items() if status != STATUS_OK)
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
     earlier = f"; {resumed} of {len(stage.shards)} shards were there already" if resumed else ""

@@ -86,7 +86,7 @@ def _weight_shard(
         rows=rows,
         num_tokens=num_scored,
         num_scored=num_scored,
-        statuses=statuses,
+        counts=statuses,
         inputs=shard.checksums,
     )
 
@@ -175,7 +175,7 @@ def _outcome(store: Store, key: str) -> Outcome:
     stage = store.stage(key)
     statuses: dict[str, int] = {}
     for shard in stage.shards:
-        for status, count in shard.statuses.items():
+        for status, count in shard.counts.items():
             statuses[status] = statuses.get(status, 0) + count
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
     summary = f"{key}: {stage.num_scored:,} scored tokens in {stage.rows:,} samples ({counts})"

@@ -43,7 +43,10 @@ class Shard(_Entry):
     rows: int
     num_tokens: int = Field(description="Tokens, prompt included (corpus), or scored tokens (other stages).")
     num_scored: int
-    statuses: dict[str, int] = Field(default_factory=dict, description="Rows by status.")
+    counts: dict[str, int] = Field(
+        default_factory=dict,
+        description="Rows by status; in the corpus, what was read, passed over and decided on the way.",
+    )
     inputs: dict[str, str] = Field(default_factory=dict)
     cursor: Cursor | None = None
     quarantine: FileEntry | None = None
