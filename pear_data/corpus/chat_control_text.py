@@ -54,6 +54,18 @@ def check_unescaped(text: str, hidden: Hidden) -> None:
             raise SampleError(f"the chat template escapes a text that spells the control token {token!r}")
 
 
+def put_back(text: str, hidden: Hidden) -> str:
+    """`text` with the replaced texts in it again."""
+    for char, token in hidden.items():
+        text = text.replace(char, token)
+    return text
+
+
+def put_back_shown(reason: str, hidden: Hidden) -> str:
+    """The same for a message that shows a text by its repr."""
+    return put_back(reason, {repr(char)[1:-1]: token for char, token in hidden.items()})
+
+
 def alternation(words: Iterable[str]) -> str:
     """A regular expression for any of `words`, longest first, that fails fast: a trie of common prefixes."""
     groups: dict[str, list[str]] = {}

@@ -169,7 +169,7 @@ class SpanFinder:
             text, end = self._closed_by_next(turn, text)
         if not self._template.has_marks:
             return text, [(turn.start, end)]
-        spans, extended = marked(text, turn.start, turn.closing, end, marks, pieces)
+        spans, extended = marked(text, (turn.start, end), turn.closing, marks, pieces, self._frame)
         self.notes[MARKS_EXTENDED] += extended
         return text, spans
 

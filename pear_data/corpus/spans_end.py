@@ -11,8 +11,9 @@ class EndOfTurn:
 
     def __init__(self, frame: TurnFrame, tokens: AddedTokens) -> None:
         self._frame = frame
-        self._tokens = tokens
-        self._lengths = sorted({len(token) for token in tokens.all}, reverse=True)
+        self._special = tokens.special
+        self._added = tokens.all
+        self._lengths = sorted({len(token) for token in self._added}, reverse=True)
 
     def find(self, text: str, start: int) -> Span | None:
         """Where the closing of `text`'s last turn, which starts at `start`, begins and where its stop token ends.
@@ -33,7 +34,7 @@ class EndOfTurn:
         usual = text.find(self._frame.end, begin)
         if usual >= 0:
             return begin, usual + len(self._frame.end)
-        return next(((begin, e) for s, e in closing if text[s:e] in self._tokens.special), None)
+        return next(((begin, e) for s, e in closing if text[s:e] in self._special), None)
 
     def _closing_tokens(self, text: str, start: int) -> list[Span]:
         """The added tokens behind the last other text of `text[start:]`, in order."""
@@ -41,9 +42,7 @@ class EndOfTurn:
         end = len(text)
         while True:
             end = start + len(text[start:end].rstrip())
-            length = next(
-                (n for n in self._lengths if text[max(start, end - n) : end] in self._tokens.all), 0
-            )
+            length = next((n for n in self._lengths if text[max(start, end - n) : end] in self._added), 0)
             if not length:
                 return found[::-1]
             found.append((end - length, end))

@@ -9,13 +9,16 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from pear_data.corpus.chat_control_text import ControlText, check_unescaped
+from pear_data.corpus.chat_control_text import ControlText, check_unescaped, put_back_shown
 from pear_data.corpus.chat_messages import Conversation, checked, message_text, with_content
 from pear_data.corpus.spans import ScoredText, SpanFinder, Turns
 from pear_data.corpus.spans_end import EndOfTurn
 from pear_data.corpus.template import ChatTemplate
 from pear_data.corpus.template_frame import AddedTokens, TurnFrame
 from pear_data.errors import SampleError, UsageError
+
+# Reasoning comes inline between these, and templates look for them in contents; some tokenizers call them special.
+_THINK_TAGS = frozenset({"<think>", "</think>"})
 
 
 class ChatFormat:
@@ -34,7 +37,7 @@ class ChatFormat:
             self._frames[text] = frame
             self._finders[text] = SpanFinder(template, frame, EndOfTurn(frame, tokens), turns)
         framing = (frame.control_texts for frame in self._frames.values())
-        self.control = ControlText(tokens.special.union(*framing))
+        self.control = ControlText(tokens.special.union(*framing) - _THINK_TAGS)
 
     @property
     def span_source(self) -> Literal["generation marks", "prefix renderings"]:
@@ -57,7 +60,10 @@ class ChatFormat:
         template = self._texts[conversation.tools is not None]
         shaped = with_content(conversation, as_parts=self._frames[template].as_parts)
         shaped, hidden = self.control.hide(shaped)
-        scored = self._finders[template].scored_texts(shaped)
+        try:
+            scored = self._finders[template].scored_texts(shaped)
+        except SampleError as error:
+            raise SampleError(put_back_shown(str(error), hidden)) from error
         for text in scored:
             check_encodable(text.text)
             check_unescaped(text.text, hidden)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from pear_data.corpus.chat_control_text import ControlText, Hidden
+from pear_data.corpus.chat_control_text import ControlText, Hidden, put_back
 from pear_data.corpus.tokenization_boundaries import BoundaryEncoder, Encoded
 from pear_data.errors import SampleError
 
@@ -60,7 +60,4 @@ class PlainControlEncoder:
         return self._names.get(token, token)
 
     def _renamed(self, text: str, hidden: Hidden) -> str:
-        text = self._control.pattern.sub(lambda match: self._name(match.group()), text)
-        for char, token in hidden.items():
-            text = text.replace(char, token)
-        return text
+        return put_back(self._control.pattern.sub(lambda match: self._name(match.group()), text), hidden)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from pear_data.errors import PearError
+from pear_data.errors import PearError, UsageError
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -21,7 +21,11 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 def load_tokenizer(
     name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or Hub name; raises PearError, in one line, where it cannot be loaded."""
+    """The tokenizer of a model folder or Hub name.
+
+    Raises PearError where it cannot be loaded, and UsageError where it has no fast backend: only that tells
+    which characters each token covers.
+    """
     path = Path(name_or_path)
     if not path.exists() and (path.is_absolute() or name_or_path.startswith((".", "~"))):
         raise PearError(f"no model folder at {name_or_path}: give a folder or a Hugging Face name")
@@ -37,6 +41,11 @@ def load_tokenizer(
             f"cannot load the tokenizer of {name_or_path}: {reason} "
             "(give a model folder, or a Hugging Face name that is cached or reachable)"
         ) from error
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"the tokenizer of {name_or_path} ({type(tokenizer).__name__}) has no fast backend: "
+            "put its tokenizer.json beside the model, or use a model that has one"
+        )
     return tokenizer
 
 
