@@ -6,6 +6,7 @@ token that lies across a boundary is undone: the text before and the text behind
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,39 +61,56 @@ class BoundaryEncoder:
 
     def _encoded(self, text: str, encoding: Encoding, boundaries: Sequence[int]) -> Encoded | SampleError:
         cuts: list[int] = []
+        pieces = [_Piece(encoding, 0, 0)]
         while True:
-            pieces = [_Piece(encoding, 0, 0)]
-            if cuts:
-                ends = [*cuts[1:], len(text)]
-                pieces = [_Piece(self._encode(text[: cuts[0]]), 0, 0)]
-                for start, end in zip(cuts, ends, strict=True):
-                    piece = self._encode_apart(text[start:end], start)
-                    if piece is None:
-                        return SampleError(f"the text cannot be tokenized apart at character {start}")
-                    pieces.append(piece)
-            located = self._locate(text, pieces, cuts, boundaries)
-            if isinstance(located, list):
+            positions, across = self._locate(text, pieces, cuts, boundaries)
+            if not across:
                 ids = [np.asarray(p.encoding.ids[p.skip :], dtype=np.int32) for p in pieces]
-                return Encoded(np.concatenate(ids), located, len(cuts))
-            cuts = sorted([*cuts, located])
+                return Encoded(np.concatenate(ids), positions, len(cuts))
+            cuts = sorted([*cuts, *across])
+            try:
+                pieces = self._pieces(text, cuts)
+            except SampleError as error:
+                return error
 
     def _locate(
         self, text: str, pieces: Sequence[_Piece], cuts: Sequence[int], boundaries: Sequence[int]
-    ) -> list[int] | int:
-        """The token index of each boundary, or the first boundary that lies inside a token."""
-        starts, ends = [0, *cuts], [*cuts, len(text)]
-        bases = np.concatenate(([0], np.cumsum([len(p.encoding) - p.skip for p in pieces])))
-        positions = []
+    ) -> tuple[list[int], set[int]]:
+        """The token index of each boundary that lies between tokens, and the boundaries that lie inside one."""
+        ends = [*cuts, len(text)]
+        bases = np.cumsum([0, *(len(p.encoding) - p.skip for p in pieces)]).tolist()
+        positions, across = [], set()
         for boundary in boundaries:
-            k = max(i for i, start in enumerate(starts) if start <= boundary)
-            if boundary in cuts:
-                positions.append(int(bases[k]))
-                continue
-            index = self._token_at(text, pieces[k], boundary, ends[k])
+            k = bisect_right(cuts, boundary)
+            is_cut = k > 0 and cuts[k - 1] == boundary
+            index = 0 if is_cut else self._token_at(text, pieces[k], boundary, ends[k])
             if index is None:
-                return boundary
-            positions.append(int(bases[k]) + index)
-        return positions
+                across.add(boundary)
+            else:
+                positions.append(bases[k] + index)
+        return positions, across
+
+    def _pieces(self, text: str, cuts: Sequence[int]) -> list[_Piece]:
+        """The text tokenized apart at `cuts`."""
+        starts = [0, *cuts]
+        parts = [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
+        anchored = [parts[0], *(_ANCHORS[0] + part for part in parts[1:])]
+        first, *others = self._tokenizer.encode_batch(anchored, add_special_tokens=False)
+        pieces = [_Piece(first, 0, 0)]
+        for start, part, encoding in zip(cuts, parts[1:], others, strict=True):
+            pieces.append(self._behind_anchor(part, start, encoding))
+        return pieces
+
+    def _behind_anchor(self, part: str, start: int, encoding: Encoding) -> _Piece:
+        """The tokens of `part`, which starts at `start`, behind the first anchor that shares no token with it."""
+        for anchor in _ANCHORS:
+            text = anchor + part
+            if anchor != _ANCHORS[0]:
+                encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            skip = self._token_at(text, _Piece(encoding, 0, 0), len(anchor), len(text))
+            if skip is not None:
+                return _Piece(encoding, start - len(anchor), skip)
+        raise SampleError(f"the text cannot be tokenized apart at character {start}")
 
     def _token_at(self, text: str, piece: _Piece, boundary: int, end: int) -> int | None:
         """The first token of `piece` behind `boundary`, less its anchor's; None where a token lies across."""
@@ -111,15 +129,4 @@ class BoundaryEncoder:
         # An added token may take in the white space around it; what it spells itself is on one side.
         if piece.encoding.ids[token] in self._added and text[start:boundary].strip():
             return token + 1 - piece.skip
-        return None
-
-    def _encode(self, text: str) -> Encoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def _encode_apart(self, text: str, start: int) -> _Piece | None:
-        for anchor in _ANCHORS:
-            encoding = self._encode(anchor + text)
-            skip = self._token_at(anchor + text, _Piece(encoding, 0, 0), len(anchor), len(anchor + text))
-            if skip is not None:
-                return _Piece(encoding, start - len(anchor), skip)
         return None
