@@ -7,6 +7,7 @@ control token; the encoder puts it back as plain text.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -41,8 +42,10 @@ class ControlText:
         def change(text: str) -> str:
             return self.pattern.sub(lambda match: hidden[match.group()], text)
 
-        replaced = Conversation(
-            map_strings(conversation.messages, change), map_strings(conversation.tools, change)
+        replaced = dataclasses.replace(
+            conversation,
+            messages=map_strings(conversation.messages, change),
+            tools=map_strings(conversation.tools, change),
         )
         return replaced, {char: token for token, char in hidden.items()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pear_data.errors import SampleError
@@ -18,19 +18,24 @@ _THINK_TAG = re.compile(r"</?think>")
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages as `apply_chat_template` takes them, and the JSON schemas of the tools offered in them."""
+    """Messages as `apply_chat_template` takes them, and the JSON schemas of the tools offered in them.
+
+    The first `prompt_length` messages are given: no turn of theirs is scored.
+    """
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
+    prompt_length: int = 0
 
     def through(self, index: int) -> Conversation:
         """The conversation up to and including message `index`."""
-        return Conversation(self.messages[: index + 1], self.tools)
+        return replace(self, messages=self.messages[: index + 1])
 
     @property
     def assistant_indices(self) -> list[int]:
-        """Where the assistant's messages are."""
-        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        """Where the assistant's messages are, behind the prompt."""
+        behind = range(self.prompt_length, len(self.messages))
+        return [i for i in behind if self.messages[i]["role"] == "assistant"]
 
 
 def checked(conversation: Conversation) -> Conversation:
@@ -48,7 +53,7 @@ def checked(conversation: Conversation) -> Conversation:
                 )
     if not conversation.assistant_indices:
         raise SampleError("the conversation has no assistant turn: there is nothing to score")
-    return Conversation(conversation.messages, conversation.tools or None)
+    return replace(conversation, tools=conversation.tools or None)
 
 
 def with_content(conversation: Conversation, *, as_parts: bool) -> Conversation:
@@ -65,7 +70,7 @@ def with_content(conversation: Conversation, *, as_parts: bool) -> Conversation:
             return {**message, "content": _part_text(content[0])}
         return message
 
-    return Conversation([shaped(message) for message in conversation.messages], conversation.tools)
+    return replace(conversation, messages=[shaped(message) for message in conversation.messages])
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:

@@ -98,8 +98,8 @@ class SpanFinder:
 
     def _turn(self, conversation: Conversation, number: int, whole: Rendering | None = None) -> _Turn:
         index = conversation.assistant_indices[number - 1]
-        is_last = whole is not None and index + 1 == len(conversation.messages)
-        rendering = whole if whole and is_last else self._template.render(conversation.through(index))
+        ends_here = index + 1 == len(conversation.messages)
+        rendering = whole if whole and ends_here else self._template.render(conversation.through(index))
         start = self._prompt_end(conversation, index, number, rendering.text)
         closing = self._end_of_turn.find(rendering.text, start)
         if closing is None:

@@ -102,6 +102,18 @@ def whole(tokenizer: PreTrainedTokenizerBase, sample: TokenizedSample) -> str:
     return tokenizer.decode(sample.input_ids, clean_up_tokenization_spaces=False)
 
 
+def test_assistant_turns_of_a_prompt_are_context_only():
+    tokenizer = byte_level()
+    messages = [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)
+    ]
+    ((sample,),) = ChatTokenizer(tokenizer, CHATML).encode([Conversation(messages, None, 3)])
+    ((whole,),) = ChatTokenizer(tokenizer, CHATML).encode([Conversation(messages)])
+    assert sample.input_ids.tolist() == whole.input_ids.tolist()
+    assert tokenizer.decode(sample.input_ids[sample.loss_mask]) == "d<|im_end|>"
+    assert tokenizer.decode(whole.input_ids[whole.loss_mask]) == "b<|im_end|>d<|im_end|>"
+
+
 def test_a_turn_is_scored_from_behind_its_prompt_to_its_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
     chat = ChatTokenizer(tokenizer)
     sample = one(chat, talk("hi there", "fox", "if", "return x"))
