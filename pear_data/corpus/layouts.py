@@ -103,7 +103,7 @@ def _turns_layout(field: str) -> Layout:
 
 def _pair(fields: Fields, prompt: str, response: str) -> Conversation:
     before = _side(fields, prompt, turns.user)
-    return turns.conversation(fields, before + _side(fields, response, turns.assistant))
+    return turns.conversation(fields, before + _side(fields, response, turns.assistant), len(before))
 
 
 def _side(fields: Fields, name: str, turn: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:

@@ -47,8 +47,12 @@ def is_turns(value: Any) -> bool:
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict)
 
 
-def conversation(fields: dict[str, Any], turns: list[dict[str, Any]]) -> Conversation:
+def conversation(
+    fields: dict[str, Any], turns: list[dict[str, Any]], prompt_length: int = 0
+) -> Conversation:
     """The turns of a row with what else belongs to them: its `tools`, and a `system` prompt of its own.
+
+    The first `prompt_length` turns are given and not scored.
 
     Raises:
         SampleError: `tools` is no list of objects, or an earlier `history` is given that has no place here.
@@ -60,11 +64,12 @@ def conversation(fields: dict[str, Any], turns: list[dict[str, Any]]) -> Convers
         raise SampleError("'system' is not a string")
     if system and turns[0]["role"] != "system":
         turns = [{"role": "system", "content": system}, *turns]
+        prompt_length += prompt_length > 0
     offered = fields.get("tools")
     tools = [] if _is_empty(offered) else [_parsed(tool, "tools") for tool in _listed(offered, "tools")]
     if not all(isinstance(tool, dict) for tool in tools):
         raise SampleError("'tools' is not a list of objects")
-    return Conversation(turns, tools or None)
+    return Conversation(turns, tools or None, prompt_length)
 
 
 def messages(value: Any, field: str) -> list[dict[str, Any]]:

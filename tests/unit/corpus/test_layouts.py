@@ -69,7 +69,17 @@ CONVERSATIONS = {
 def test_a_layout_is_recognised_and_read(name, fields, messages, tools):
     layout, *_ = recognised(fields)
     assert layout.name == name
-    assert layout.content(fields) == Conversation(messages, tools)
+    paired = name in ("prompt+completion", "problem+solution")
+    assert layout.content(fields) == Conversation(messages, tools, len(messages) - 1 if paired else 0)
+
+
+def test_assistant_turns_of_a_prompt_belong_to_the_prompt():
+    fields = {"prompt": [USER, ANSWER, USER], "completion": [ANSWER, USER, ANSWER], "system": "s"}
+    layout, *_ = recognised(fields)
+    conversation = layout.content(fields)
+    assert len(conversation.messages) == 7
+    assert conversation.assistant_indices == [4, 6]
+    assert conversation.through(4).assistant_indices == [4]
 
 
 def test_the_first_in_order_is_taken():
@@ -129,7 +139,7 @@ def test_what_no_layout_fits(fields):
 def test_named_fields():
     layout = pair_layout("question", "r1")
     assert layout.name == "question+r1"
-    assert layout.content({"question": "q", "r1": "a", "messages": GPT}) == Conversation(TURNS)
+    assert layout.content({"question": "q", "r1": "a", "messages": GPT}) == Conversation(TURNS, None, 1)
 
 
 def tokens(**fields):
