@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import os
 import shlex
 import signal
 import sys
@@ -79,10 +77,8 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         resume = shlex.join(["pear-data", *arguments])
         return _fail(f"interrupted; finished shards are kept. Resume with: {resume}", EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output (`| head`) has had enough; nothing is left to tell it.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        # click exits so when the reader of our output (`| head`) has had enough; nothing is left to tell it.
         return EXIT_OK
     except PearError as error:
         return _fail(str(error), error.exit_code, debug="--debug" in arguments)

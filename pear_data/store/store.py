@@ -140,7 +140,13 @@ class Store:
 
         Raises:
             MismatchError: the stage exists with other settings; names each field that differs.
+            UsageError: another stage's name differs from this one only in case.
         """
+        alike = next((other for other in self.manifest.stages if other.lower() == key.lower()), key)
+        if alike != key:
+            raise UsageError(
+                f"{self.path} has {alike} already, and SQL does not tell it from {key}: use another name"
+            )
         stage = self.manifest.stages.get(key)
         if stage is not None and stage.settings != settings and not overwrite:
             fields = "; ".join(differing_fields(stage.settings, settings))

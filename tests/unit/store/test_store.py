@@ -69,6 +69,11 @@ def test_equal_settings_resume_and_others_are_refused_by_field(folder):
         assert not store.begin(KEY, {"model": "b"}, overwrite=True).shards
 
 
+def test_names_that_differ_only_in_case_are_refused(folder):
+    with writable_store(folder) as store, pytest.raises(UsageError, match="SQL does not tell it"):
+        store.begin("scores/Initial", {})
+
+
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
 def test_a_truncated_shard_is_found(folder, keep):
     path = folder / KEY / "part-00000.parquet"
