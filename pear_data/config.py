@@ -46,7 +46,7 @@ class IngestSettings(Settings):
     )
     prompt_field: str | None = Field(None, description="Field that holds the prompt.")
     response_field: str | None = Field(None, description="Field that holds the response.")
-    id_field: str | None = Field(None, description="Field that holds the sample id.")
+    id_field: str | None = Field(None, description="Field that holds the sample id; ':row' numbers the rows.")
     source_field: str | None = Field(None, description="Field that names where a sample comes from.")
     label_field: str | None = Field(None, description="Field with 1 (positive) or -1 (negative).")
     limit: int | None = Field(None, ge=1, description="Read at most this many rows.")

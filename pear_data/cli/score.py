@@ -33,7 +33,7 @@ def command(store: Path, corpus: tuple[str, ...], overwrite: bool, **options: An
     \b
     Examples:
       pear-data score corpus.jsonl --model Qwen/Qwen2.5-7B-Instruct
-      pear-data score --policy behavior --model deepseek-ai/DeepSeek-R1-Distill-Qwen-32B --engine vllm
+      pear-data score --policy behavior --model Qwen/Qwen2.5-32B-Instruct --engine vllm
       pear-data score --policy behavior --from-field logprobs
     """
     from pear_data.cli.terminal import TerminalProgress

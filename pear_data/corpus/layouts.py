@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pear_data.chat.messages import Conversation
 from pear_data.corpus import turns
-from pear_data.corpus.chat_messages import Conversation
 from pear_data.errors import SampleError
 from pear_data.tokens import IntArray
 

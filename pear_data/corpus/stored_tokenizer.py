@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from pear_data.corpus.tokenizer_identity import token_strings
+from pear_data.chat.tokenizers import token_strings
 from pear_data.schema import VOCABULARY
 from pear_data.store import Store
 from pear_data.store.commit import TEMP_SUFFIX, atomic_path

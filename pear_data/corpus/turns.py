@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pear_data.corpus.chat_messages import REASONING_FIELDS, Conversation
+from pear_data.chat.messages import REASONING_FIELDS, Conversation
 from pear_data.corpus.records import parse_json, shown
 from pear_data.errors import SampleError
 
@@ -47,9 +47,7 @@ def is_turns(value: Any) -> bool:
     return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict)
 
 
-def conversation(
-    fields: dict[str, Any], turns: list[dict[str, Any]], prompt_length: int = 0
-) -> Conversation:
+def conversation(fields: dict[str, Any], turns: list[dict[str, Any]], prompt_length: int = 0) -> Conversation:
     """The turns of a row with what else belongs to them: its `tools`, and a `system` prompt of its own.
 
     The first `prompt_length` turns are given and not scored.

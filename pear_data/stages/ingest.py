@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pear_data.chat.tokenization import RAW, ChatTokenizer
+from pear_data.chat.tokenizers import load_tokenizer, tokenizer_fingerprint
 from pear_data.config import IngestSettings
 from pear_data.corpus.duplicates import check_unique_ids
 from pear_data.corpus.examples import Plan, plan_input
 from pear_data.corpus.inputs import Input, opened_inputs, sha256_of
 from pear_data.corpus.stored_tokenizer import store_tokenizer
-from pear_data.corpus.tokenization import RAW, ChatTokenizer
-from pear_data.corpus.tokenizer_identity import load_tokenizer, tokenizer_fingerprint
 from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.progress import Outcome, Progress
 from pear_data.resources import resolve

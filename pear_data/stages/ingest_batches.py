@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pear_data.corpus.chat_messages import Conversation
+from pear_data.chat.messages import Conversation
+from pear_data.chat.tokenization import UNPRECEDED, ChatTokenizer, TokenizedSample
 from pear_data.corpus.examples import Example, Plan
 from pear_data.corpus.layouts import Tokens
 from pear_data.corpus.records import Rejected, rejected
-from pear_data.corpus.tokenization import UNPRECEDED, ChatTokenizer, TokenizedSample
 from pear_data.errors import SampleError
 from pear_data.store.manifest import Cursor
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pear_data.chat.tokenizers import load_tokenizer, same_ids, tokenizer_fingerprint
 from pear_data.corpus.stored_tokenizer import FOLDER
-from pear_data.corpus.tokenizer_identity import load_tokenizer, same_ids, tokenizer_fingerprint
 from pear_data.errors import MismatchError
 from pear_data.store import Store
 from pear_data.tokens import TokenBatch

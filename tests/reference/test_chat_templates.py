@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.integrations.mistral import convert_tekken_tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from pear_data.corpus.chat_messages import Conversation
-from pear_data.corpus.tokenization import ChatTokenizer, TokenizedSample
+from pear_data.chat.messages import Conversation
+from pear_data.chat.tokenization import ChatTokenizer, TokenizedSample
 from pear_data.errors import SampleError, UsageError
 
 TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"

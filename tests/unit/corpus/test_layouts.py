@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pear_data.corpus.chat_messages import Conversation
+from pear_data.chat.messages import Conversation
 from pear_data.corpus.layouts import LAYOUTS, pair_layout, recognised
 from pear_data.errors import SampleError
 

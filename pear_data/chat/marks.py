@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pear_data.corpus.template import Span
-from pear_data.corpus.template_frame import WAY_OUT, TurnFrame
+from pear_data.chat.frame import WAY_OUT, TurnFrame
+from pear_data.chat.template import Span
 from pear_data.errors import UsageError
 
 

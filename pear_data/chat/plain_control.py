@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 
-from pear_data.corpus.chat_control_text import ControlText, Hidden, put_back
-from pear_data.corpus.tokenization_boundaries import BoundaryEncoder, Encoded
+from pear_data.chat.boundaries import BoundaryEncoder, Encoded
+from pear_data.chat.control_text import ControlText, Hidden, put_back
 from pear_data.errors import SampleError
 
 _MARK = "\U0010ffff"  # a noncharacter on both sides of the number that stands in for a control token

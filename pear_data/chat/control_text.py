@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from pear_data.corpus.chat_messages import Conversation, map_strings, strings
+from pear_data.chat.messages import Conversation, map_strings, strings
 from pear_data.errors import SampleError
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)

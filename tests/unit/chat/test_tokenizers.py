@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pear_data.corpus.tokenizer_identity import load_tokenizer, same_ids, token_strings, tokenizer_fingerprint
+from pear_data.chat.tokenizers import load_tokenizer, same_ids, token_strings, tokenizer_fingerprint
 from pear_data.errors import PearError, UsageError
 
 MISTRAL = Path(mistral_common.__file__).parent / "data"

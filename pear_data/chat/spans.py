@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pear_data.corpus.chat_control_text import Hidden
-from pear_data.corpus.chat_messages import Conversation, shows, tool_call_names, tool_names, turn_pieces
-from pear_data.corpus.spans_end import EndOfTurn
-from pear_data.corpus.spans_marks import marked
-from pear_data.corpus.template import ChatTemplate, Rendering, Span
-from pear_data.corpus.template_frame import WAY_OUT, TurnFrame
+from pear_data.chat.control_text import Hidden
+from pear_data.chat.end_of_turn import EndOfTurn
+from pear_data.chat.frame import WAY_OUT, TurnFrame
+from pear_data.chat.marks import marked
+from pear_data.chat.messages import Conversation, shows, tool_call_names, tool_names, turn_pieces
+from pear_data.chat.template import ChatTemplate, Rendering, Span
 from pear_data.errors import SampleError, UsageError
 
 Turns = Literal["last", "all"]

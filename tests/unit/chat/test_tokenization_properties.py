@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pear_data.corpus.chat_messages import Conversation
-from pear_data.corpus.tokenization import ChatTokenizer
+from pear_data.chat.messages import Conversation
+from pear_data.chat.tokenization import ChatTokenizer
 from pear_data.errors import SampleError
 
 CONTROL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]

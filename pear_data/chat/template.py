@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from pear_data.corpus.chat_messages import Conversation
+from pear_data.chat.messages import Conversation
 from pear_data.errors import SampleError, UsageError
 
 Span = tuple[int, int]  # characters [start, end) of a text

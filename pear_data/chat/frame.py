@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 
-from pear_data.corpus.chat_control_text import alternation, common_prefix
-from pear_data.corpus.chat_messages import Conversation, Message
-from pear_data.corpus.template import ChatTemplate
+from pear_data.chat.control_text import alternation, common_prefix
+from pear_data.chat.messages import Conversation, Message
+from pear_data.chat.template import ChatTemplate
 from pear_data.errors import SampleError, UsageError
 
 _QUESTION, _ANSWER, _MORE = "Question0", "Answer1", "Question2"

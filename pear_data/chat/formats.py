@@ -9,12 +9,12 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from pear_data.corpus.chat_control_text import ControlText, check_unescaped, put_back_shown
-from pear_data.corpus.chat_messages import Conversation, checked, message_text, with_content
-from pear_data.corpus.spans import ScoredText, SpanFinder, Turns
-from pear_data.corpus.spans_end import EndOfTurn
-from pear_data.corpus.template import ChatTemplate
-from pear_data.corpus.template_frame import AddedTokens, TurnFrame
+from pear_data.chat.control_text import ControlText, check_unescaped, put_back_shown
+from pear_data.chat.end_of_turn import EndOfTurn
+from pear_data.chat.frame import AddedTokens, TurnFrame
+from pear_data.chat.messages import Conversation, checked, message_text, with_content
+from pear_data.chat.spans import ScoredText, SpanFinder, Turns
+from pear_data.chat.template import ChatTemplate
 from pear_data.errors import SampleError, UsageError
 
 # Reasoning comes inline between these, and templates look for them in contents; some tokenizers call them special.

@@ -12,12 +12,12 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from pear_data.corpus.chat_messages import Conversation
-from pear_data.corpus.spans import ScoredText, Turns
-from pear_data.corpus.tokenization_boundaries import BoundaryEncoder, Encoded
-from pear_data.corpus.tokenization_format import ChatFormat, RawFormat
-from pear_data.corpus.tokenization_plain import PlainControlEncoder
-from pear_data.corpus.tokenizer_identity import tokenizer_fingerprint
+from pear_data.chat.boundaries import BoundaryEncoder, Encoded
+from pear_data.chat.formats import ChatFormat, RawFormat
+from pear_data.chat.messages import Conversation
+from pear_data.chat.plain_control import PlainControlEncoder
+from pear_data.chat.spans import ScoredText, Turns
+from pear_data.chat.tokenizers import tokenizer_fingerprint
 from pear_data.errors import SampleError, UsageError
 
 RAW = "none"  # in place of a template's text: no template, plain prompt and response

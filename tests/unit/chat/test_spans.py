@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from pear_data.corpus.chat_messages import Conversation
-from pear_data.corpus.spans import (
+from pear_data.chat.end_of_turn import EndOfTurn
+from pear_data.chat.frame import AddedTokens, TurnFrame
+from pear_data.chat.messages import Conversation
+from pear_data.chat.spans import (
     EXPANDED,
     LAST_ONLY,
     MARKER_APPENDED,
@@ -14,9 +16,7 @@ from pear_data.corpus.spans import (
     OTHER_MODE,
     SpanFinder,
 )
-from pear_data.corpus.spans_end import EndOfTurn
-from pear_data.corpus.template import ChatTemplate
-from pear_data.corpus.template_frame import AddedTokens, TurnFrame
+from pear_data.chat.template import ChatTemplate
 from pear_data.errors import SampleError, UsageError
 
 TOKENS = AddedTokens(

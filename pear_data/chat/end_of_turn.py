@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pear_data.corpus.template import Span
-from pear_data.corpus.template_frame import AddedTokens, TurnFrame
+from pear_data.chat.frame import AddedTokens, TurnFrame
+from pear_data.chat.template import Span
 
 
 class EndOfTurn:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from pear_data.corpus.chat_control_text import alternation
-from pear_data.corpus.chat_messages import Conversation, with_content
-from pear_data.corpus.template import ChatTemplate
-from pear_data.corpus.template_frame import AddedTokens, TurnFrame
+from pear_data.chat.control_text import alternation
+from pear_data.chat.frame import AddedTokens, TurnFrame
+from pear_data.chat.messages import Conversation, with_content
+from pear_data.chat.template import ChatTemplate
 from pear_data.errors import SampleError, UsageError
 
 TOKENS = AddedTokens(frozenset({"<|im_start|>", "<|im_end|>", "<s>", "</s>"}), frozenset({"<think>"}))

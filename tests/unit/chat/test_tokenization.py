@@ -19,8 +19,8 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pear_data.corpus.chat_messages import Conversation
-from pear_data.corpus.tokenization import (
+from pear_data.chat.messages import Conversation
+from pear_data.chat.tokenization import (
     CONTROL_TEXT,
     SPLITS,
     UNPRECEDED,
