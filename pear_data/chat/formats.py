@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import Counter
+from datetime import date
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -25,14 +26,18 @@ class ChatFormat:
     """Conversations through the tokenizer's chat template, or through `chat_template` in its place."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, turns: Turns | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None,
+        turns: Turns | None,
+        today: date | None = None,
     ) -> None:
         tokens = _added_tokens(tokenizer)
         self._texts = _template_texts(tokenizer) if chat_template is None else (chat_template, chat_template)
         self._frames: dict[str, TurnFrame] = {}
         self._finders: dict[str, SpanFinder] = {}
         for text in dict.fromkeys(self._texts):
-            template = ChatTemplate(text, tokenizer.special_tokens_map)
+            template = ChatTemplate(text, tokenizer.special_tokens_map, today)
             frame = TurnFrame(template, tokens)
             self._frames[text] = frame
             self._finders[text] = SpanFinder(template, frame, EndOfTurn(frame, tokens), turns)
@@ -44,6 +49,11 @@ class ChatFormat:
         """How the spans are found where a conversation offers no tools."""
         marks = self._frames[self._texts[0]].template.has_marks
         return "generation marks" if marks else "prefix renderings"
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the date."""
+        return any(frame.template.writes_date for frame in self._frames.values())
 
     @property
     def notes(self) -> Counter[str]:
@@ -74,6 +84,7 @@ class RawFormat:
     """One prompt and one response, without a template: BOS, prompt, response, EOS."""
 
     span_source: Literal["raw"] = "raw"
+    writes_date = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:

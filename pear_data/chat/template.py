@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -15,6 +17,7 @@ from pear_data.errors import SampleError, UsageError
 Span = tuple[int, int]  # characters [start, end) of a text
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # the expression transformers itself looks for
+_DATE_FUNCTION = "strftime_now"  # what a template calls to write the date
 _THINKING_VARIABLES = (
     "enable_thinking",
     "thinking",
@@ -32,13 +35,18 @@ class Rendering:
 class ChatTemplate:
     """A Jinja chat template with the variables the tokenizer gives it (its special tokens by name).
 
-    Raises UsageError where the template is not valid Jinja.
+    To a template that writes the date, it is `today`, whatever the clock says. Raises UsageError where the template
+    is not valid Jinja.
     """
 
-    def __init__(self, text: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, text: str, variables: Mapping[str, str], today: date | None = None) -> None:
         self.text = text
         self.has_marks = _GENERATION.search(text) is not None
-        self._variables = dict(variables)
+        self.writes_date = _DATE_FUNCTION in text
+        self._variables: dict[str, Any] = dict(variables)
+        if self.writes_date:
+            # A variable goes before the environment's function of that name, which asks the clock at every rendering.
+            self._variables[_DATE_FUNCTION] = (today or date.today()).strftime
         try:
             # An empty list of conversations compiles the template and renders nothing.
             render_jinja_template([], chat_template=text)

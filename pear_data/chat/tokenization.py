@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Literal
 
 import numpy as np
@@ -43,7 +44,8 @@ class ChatTokenizer:
 
     `chat_template` is the text of a Jinja template to use in place of the tokenizer's, or "none" for raw mode:
     the tokenizer's own BOS and the prompt, then the response and EOS, which are scored. `turns` says what becomes
-    of conversations whose earlier turns the template rewrites once later messages follow.
+    of conversations whose earlier turns the template rewrites once later messages follow. `today` is the date that
+    templates write which write one; by default that of the clock.
 
     Raises UsageError for a tokenizer without a fast backend or chat template, and for a template that does not
     show where a turn begins or ends.
@@ -54,6 +56,7 @@ class ChatTokenizer:
         tokenizer: PreTrainedTokenizerBase,
         chat_template: str | None = None,
         turns: Turns | None = None,
+        today: date | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise UsageError(
@@ -62,7 +65,9 @@ class ChatTokenizer:
             )
         self._tokenizer = tokenizer
         self._format: ChatFormat | RawFormat = (
-            RawFormat(tokenizer) if chat_template == RAW else ChatFormat(tokenizer, chat_template, turns)
+            RawFormat(tokenizer)
+            if chat_template == RAW
+            else ChatFormat(tokenizer, chat_template, turns, today)
         )
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         # Truncation, padding and trimmed offsets are settings that a tokenizer's file may bring along.
@@ -77,6 +82,11 @@ class ChatTokenizer:
     def span_source(self) -> SpanSource:
         """How the scored spans are found."""
         return self._format.span_source
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template writes the date into conversations."""
+        return self._format.writes_date
 
     def fingerprint(self) -> str:
         """SHA-256 of what turns text into ids: the tokenizer's backend and its special tokens."""

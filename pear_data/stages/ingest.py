@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pear_data.store import Store
 from pear_data.store.manifest import CORPUS, Cursor, Stage
 
 _SHOWN_INPUTS = 3
+_DATE = "chat_template_date"
 _CONTENT_SETTINGS = (
     "turns",
     "prompt_field",
@@ -59,20 +61,22 @@ def ingest(store: Store, settings: IngestSettings, progress: Progress) -> Outcom
         hashed = _hashed(inputs, progress)
         vocabulary_size = max(tokenizer.get_vocab().values()) + 1
         plans = [plan_input(source, settings, vocabulary_size) for source in inputs]
-        chat = _chat_tokenizer(tokenizer, plans, settings)
+        today = _date(store)
+        chat = _chat_tokenizer(tokenizer, plans, settings, today)
         made_by = {
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "chat_template": chat.template_fingerprint() if chat else RAW,
         }
+        dated = {_DATE: today.isoformat()} if chat and chat.writes_date else {}
         stage = _begin(
             store,
-            {"inputs": hashed, **made_by, **settings.model_dump(include=set(_CONTENT_SETTINGS))},
+            {"inputs": hashed, **made_by, **dated, **settings.model_dump(include=set(_CONTENT_SETTINGS))},
         )
         store_tokenizer(store, tokenizer, settings.tokenizer, *made_by.values())
         if _all_whole(store, stage, progress):
             progress.say(f"the corpus in {store.path} is complete already")
         else:
-            stage.decisions = _decisions(plans, chat)
+            stage.decisions = _decisions(plans, chat, dated)
             _say_decisions(plans, stage, progress)
             _write_shards(store, stage, _batches(stage, plans, chat, settings), settings, progress)
             _finish(store, stage, progress)
@@ -92,8 +96,15 @@ def _hashed(inputs: Sequence[Input], progress: Progress) -> list[dict[str, Any]]
         progress.end()
 
 
+def _date(store: Store) -> date:
+    """The date for chat templates that write one: that of the day this corpus was begun, else today's."""
+    begun = store.manifest.stages.get(CORPUS)
+    stored = begun.settings.get(_DATE) if begun is not None and begun.shards else None
+    return date.today() if stored is None else date.fromisoformat(stored)
+
+
 def _chat_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, plans: Sequence[Plan], settings: IngestSettings
+    tokenizer: PreTrainedTokenizerBase, plans: Sequence[Plan], settings: IngestSettings, today: date
 ) -> ChatTokenizer | None:
     """None where every input comes tokenized. Without a chat template of its own or given, a tokenizer reads
     prompts and responses as raw text."""
@@ -105,7 +116,7 @@ def _chat_tokenizer(
         template = RAW
     elif template not in (None, RAW):
         template = _read_template(Path(template))
-    chat = ChatTokenizer(tokenizer, template, settings.turns)
+    chat = ChatTokenizer(tokenizer, template, settings.turns, today)
     if template is not None:
         # What is stored is the tokenizer as used here.
         tokenizer.chat_template = None if template == RAW else template
@@ -143,10 +154,11 @@ def _all_whole(store: Store, stage: Stage, progress: Progress) -> bool:
     return stage.complete
 
 
-def _decisions(plans: Sequence[Plan], chat: ChatTokenizer | None) -> dict[str, Any]:
+def _decisions(plans: Sequence[Plan], chat: ChatTokenizer | None, dated: dict[str, str]) -> dict[str, Any]:
     return {
         "inputs": {plan.input.name: plan.describe() for plan in plans},
         "scored_spans": chat.span_source if chat else "as given with the token ids",
+        **dated,
     }
 
 
@@ -158,6 +170,10 @@ def _say_decisions(plans: Sequence[Plan], stage: Stage, progress: Progress) -> N
         more = f" and {len(names) - _SHOWN_INPUTS} more" if len(names) > _SHOWN_INPUTS else ""
         progress.say(f"{', '.join(names[:_SHOWN_INPUTS])}{more}: {description}")
     progress.say(f"scored spans: {stage.decisions['scored_spans']}")
+    if _DATE in stage.decisions:
+        progress.say(
+            f"date written by the chat template: {stage.decisions[_DATE]}, also when this is resumed later"
+        )
     if stage.shards:
         progress.say(f"going on behind {stage.shards[-1].name}, {stage.rows:,} samples are there")
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from typing import Any
 
 import pytest
@@ -33,6 +34,21 @@ def test_rendering_and_marks() -> None:
     assert [rendering.text[a:b] for a, b in rendering.marks] == ["one", "é"]
     assert template.has_marks
     assert not ChatTemplate(CHATML, {}).has_marks
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() }}",
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% endif %}{{ day }}",
+    ],
+)
+def test_the_date_is_that_given_whatever_the_clock_says(source: str) -> None:
+    template = ChatTemplate(source, {}, date(2020, 2, 29))
+    assert template.writes_date
+    assert template.render(Conversation([{"role": "user", "content": "x"}])).text == "29 Feb 2020"
+    assert not ChatTemplate(CHATML, {}, date(2020, 2, 29)).writes_date
 
 
 def test_what_is_no_jinja_is_refused() -> None:

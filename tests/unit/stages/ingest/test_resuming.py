@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import sys
+from datetime import date
 
 import pyarrow.parquet as pq
 import pytest
-from ingest_cases import KilledError, examples, mixed_corpus, write_lines
+from ingest_cases import CHATML, KilledError, examples, mixed_corpus, save_tokenizer, write_lines
 
 from pear_data.errors import MismatchError
 from pear_data.stages import ingest as ingest_stage
@@ -70,6 +71,51 @@ def test_nothing_is_done_twice(tmp_path, run, die_at, monkeypatch):
     _, said = run(*corpus, shard_tokens=1000)
     assert writes == []
     assert said == [f"the corpus in {tmp_path / 'store'} is complete already"]
+
+
+class _Leap(date):
+    @classmethod
+    def today(cls):
+        return cls(2024, 2, 29)
+
+
+class _Later(date):
+    @classmethod
+    def today(cls):
+        return cls(2024, 3, 7)
+
+
+def test_a_run_resumed_on_another_day_writes_the_date_it_began_with(tmp_path, run, die_at, monkeypatch):
+    dated = save_tokenizer(
+        tmp_path / "dated",
+        "{{- '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML,
+    )
+    corpus = mixed_corpus(tmp_path)
+    settings = {"tokenizer": dated, "shard_tokens": 1000}
+    monkeypatch.setattr(ingest_stage, "date", _Leap)
+    run(*corpus, **settings, store="whole")
+    die_at(13)  # behind the first shard
+    with pytest.raises(KilledError):
+        run(*corpus, **settings)
+    die_at(None)
+    assert open_store(tmp_path / "store").stage("corpus").shards
+    monkeypatch.setattr(ingest_stage, "date", _Later)
+    _, said = run(*corpus, **settings)
+    assert content(tmp_path / "store") == content(tmp_path / "whole")
+    assert any(line.startswith("date written by the chat template: 2024-02-29") for line in said)
+    stage = open_store(tmp_path / "store").stage("corpus")
+    assert stage.settings["chat_template_date"] == stage.decisions["chat_template_date"] == "2024-02-29"
+    assert "is complete already" in run(*corpus, **settings)[1][-1]
+    run(*corpus, **settings, store="begun-later")
+    later = open_store(tmp_path / "begun-later").stage("corpus")
+    assert later.settings["chat_template_date"] == "2024-03-07"
+    assert later.shards[0].file.sha256 != stage.shards[0].file.sha256
+
+
+def test_a_template_without_a_date_keeps_none(tmp_path, run):
+    run(write_lines(tmp_path / "a.jsonl", examples(5)))
+    stage = open_store(tmp_path / "store").stage("corpus")
+    assert "chat_template_date" not in {**stage.settings, **stage.decisions}
 
 
 def test_the_same_corpus_elsewhere_resumes(tmp_path, run, tokenizer):
