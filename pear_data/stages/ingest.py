@@ -68,8 +68,8 @@ def ingest(store: Store, settings: IngestSettings, progress: Progress) -> Outcom
             "chat_template": chat.template_fingerprint() if chat else RAW,
         }
         dated = {_DATE: today.isoformat()} if chat and chat.writes_date else {}
-        stage = _begin(
-            store,
+        stage = store.begin(
+            CORPUS,
             {"inputs": hashed, **made_by, **dated, **settings.model_dump(include=set(_CONTENT_SETTINGS))},
         )
         store_tokenizer(store, tokenizer, settings.tokenizer, *made_by.values())
@@ -130,12 +130,6 @@ def _read_template(path: Path) -> str:
         raise UsageError(
             f"cannot read the chat template {path} ({error}): give a Jinja file, or 'none' for raw text"
         ) from None
-
-
-def _begin(store: Store, settings: dict[str, Any]) -> Stage:
-    """The corpus's stage; one without a shard holds nothing yet, and gives way to other settings."""
-    begun = store.manifest.stages.get(CORPUS)
-    return store.begin(CORPUS, settings, overwrite=begun is not None and not begun.shards)
 
 
 def _all_whole(store: Store, stage: Stage, progress: Progress) -> bool:

@@ -25,11 +25,14 @@ def same_ids_check(
 
     Raises:
         PearError: the model has no tokenizer that can be loaded.
+        MismatchError: the store's own tokenizer is damaged.
     """
     other = load_tokenizer(model, revision=revision, trust_remote_code=trust_remote_code)
     known = store.manifest.tokenizer
     if known is not None and known.fingerprint == tokenizer_fingerprint(other):
         return lambda batch: None
+    for file in known.files if known is not None else ():
+        store.file(file)
     initial = load_tokenizer(str(store.path / FOLDER), trust_remote_code=trust_remote_code)
 
     def check(batch: TokenBatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,8 +29,11 @@ def atomic_path(final: Path) -> Iterator[Path]:
     Raises:
         PearError: the disk refused (full, read-only, too large a file), naming the path.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(final.name + TEMP_SUFFIX)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(final, error) from error
     try:
         yield temporary
         if on_write is not None:
@@ -40,10 +44,7 @@ def atomic_path(final: Path) -> Iterator[Path]:
     except OSError as error:
         if error.filename not in (None, str(temporary), str(final), str(final.parent)):
             raise
-        reason = error.strerror or str(error).splitlines()[0]
-        raise PearError(
-            f"cannot write {final}: {reason}; free space or choose another place, then run the same command again"
-        ) from error
+        raise _refused(final, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -56,9 +57,18 @@ def write_atomically(final: Path, text: str) -> None:
 
 def sweep_leftovers(folder: Path) -> None:
     """Remove what a killed writer left; only the holder of the store's lock may."""
-    for leftover in folder.rglob(f"*{TEMP_SUFFIX}"):
-        if leftover.is_file():
-            leftover.unlink()
+    for leftover in list(folder.rglob(f"*{TEMP_SUFFIX}")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _refused(final: Path, error: OSError) -> PearError:
+    reason = error.strerror or str(error).splitlines()[0]
+    return PearError(
+        f"cannot write {final}: {reason}; free space or choose another place, then run the same command again"
+    )
 
 
 def _fsync(path: Path) -> None:

@@ -18,10 +18,17 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold the writer's lock of a store.
 
     Raises:
-        PearError: another process holds it; named by its process id. Nothing waits.
+        PearError: another process holds it, named by its process id (nothing waits), or the folder cannot be
+            written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_NAME).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = (folder / LOCK_NAME).open("a+")
+    except OSError as error:
+        raise PearError(
+            f"cannot write the store {folder} ({error.strerror}): choose another --store"
+        ) from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

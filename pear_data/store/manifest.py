@@ -129,20 +129,29 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         PearError: there is none, or it was written by a newer pear-data.
-        MismatchError: it does not parse as a manifest.
+        MismatchError: it does not parse as a manifest, or a stage's settings were changed.
     """
     path = folder / MANIFEST_NAME
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise PearError(f"no store at {folder}: make one with `pear-data score CORPUS --model M`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise PearError(f"cannot read {path} ({reason}): name the folder of a store with --store") from None
     try:
         version = json.loads(text)["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise PearError(
                 f"{path} has format version {version}, this pear-data reads up to {FORMAT_VERSION}: upgrade it"
             )
-        return Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(text)
     except (ValidationError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise MismatchError(f"{path} is not a readable manifest ({reason}): restore it from a copy") from None
+    for key, stage in manifest.stages.items():
+        if stage.fingerprint != fingerprint(stage.settings):
+            raise MismatchError(
+                f"{path} is damaged: the settings of {key} are not those of its fingerprint; restore it from a copy"
+            )
+    return manifest

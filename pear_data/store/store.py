@@ -138,6 +138,8 @@ class Store:
     def begin(self, key: str, settings: dict[str, Any], *, overwrite: bool = False) -> Stage:
         """The stage to add shards to: a new one, or the one begun with equal settings.
 
+        A stage without a shard holds nothing yet, and gives way to other settings.
+
         Raises:
             MismatchError: the stage exists with other settings; names each field that differs.
             UsageError: another stage's name differs from this one only in case.
@@ -148,7 +150,7 @@ class Store:
                 f"{self.path} has {alike} already, and SQL does not tell it from {key}: use another name"
             )
         stage = self.manifest.stages.get(key)
-        if stage is not None and stage.settings != settings and not overwrite:
+        if stage is not None and stage.shards and stage.settings != settings and not overwrite:
             fields = "; ".join(differing_fields(stage.settings, settings))
             raise MismatchError(
                 f"{key} in {self.path} was made with other settings ({fields}): "
@@ -162,7 +164,10 @@ class Store:
 
     def is_current(self, key: str, shard: Shard | None, inputs: dict[str, str]) -> bool:
         """Whether a shard is committed, whole, and made from these inputs."""
-        return shard is not None and shard.inputs == inputs and not self.fault_of(shard.file, size_only=True)
+        if shard is None or shard.inputs != inputs or self.fault_of(shard.file):
+            return False
+        self._checked.add((shard.file.path, shard.file.sha256))
+        return True
 
     def commit(self, key: str, shard: Shard) -> None:
         """Enter a shard whose file is in place; it exists from here on."""

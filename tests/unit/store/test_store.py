@@ -74,6 +74,12 @@ def test_names_that_differ_only_in_case_are_refused(folder):
         store.begin("scores/Initial", {})
 
 
+def test_a_stage_without_a_shard_gives_way(folder):
+    with writable_store(folder) as store:
+        store.begin("weights/block", {"gamma": 0.9})
+        assert store.begin("weights/block", {"gamma": 0.5}).settings == {"gamma": 0.5}
+
+
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
 def test_a_truncated_shard_is_found(folder, keep):
     path = folder / KEY / "part-00000.parquet"
@@ -94,6 +100,7 @@ def test_every_flipped_bit_is_found(folder):
         flipped[random.integers(len(whole))] ^= 1 << random.integers(8)
         path.write_bytes(flipped)
         store = open_store(folder)
+        assert not store.is_current(KEY, store.stage(KEY).shards[0], {})
         with pytest.raises(MismatchError, match="sha256"):
             list(store.row_groups(store.stage(KEY).shards[0]))
     path.write_bytes(whole)
@@ -134,6 +141,8 @@ def test_a_second_writer_leaves_at_once(folder):
 
 def test_leftovers_of_a_killed_writer_are_swept(folder):
     (folder / KEY / "part-00001.parquet.tmp").write_bytes(b"half")
+    (folder / "tokenizer.tmp").mkdir()
+    (folder / "tokenizer.tmp" / "tokenizer.json").write_bytes(b"half")
     with writable_store(folder):
         assert not list(folder.rglob("*.tmp"))
 
@@ -150,6 +159,21 @@ def test_no_store_newer_store_damaged_manifest(folder, tmp_path):
         manifest.write_text(text)
         with pytest.raises(MismatchError, match="not a readable manifest"):
             open_store(folder)
+
+
+def test_settings_changed_in_the_manifest_are_found(folder):
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("float32", "float16"))
+    with pytest.raises(
+        MismatchError, match="the settings of scores/initial are not those of its fingerprint"
+    ):
+        open_store(folder)
+
+
+def test_where_nothing_can_be_written_it_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PearError, match=r"cannot write .*file/x/y: Not a directory; .*another place"):
+        commit.write_atomically(tmp_path / "file" / "x" / "y", "text")
 
 
 def test_a_folder_with_other_things_is_never_made_a_store(tmp_path):
