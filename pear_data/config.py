@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pear_data.weighting import CLIP_LOG_RATIO, CLIP_LOG_WEIGHT, Level
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
+_LOG_FLOAT32_MAX = 88.72
 INITIAL = "initial"
 BEHAVIOR = "behavior"
 
@@ -29,7 +39,13 @@ Name = Annotated[str, AfterValidator(_check_name)]
 class Settings(BaseModel):
     """Unknown keys are errors: a misspelt option must not pass for its default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def first_fault(error: ValidationError) -> tuple[list[str], str]:
+    """Where the first fault of a refused model is (its fields, outermost first) and what it is."""
+    fault = error.errors()[0]
+    return [str(part) for part in fault["loc"]], fault["msg"].removeprefix("Value error, ")
 
 
 class IngestSettings(Settings):
@@ -89,6 +105,16 @@ class WeightSettings(Settings):
         if not bounds[0] <= bounds[1]:
             raise ValueError(f"{bounds[0]} > {bounds[1]}: the lower bound comes first")
         return bounds
+
+    @model_validator(mode="after")
+    def _weighable(self) -> WeightSettings:
+        if self.target == self.behavior:
+            raise ValueError(f"target and behavior are both {self.target!r}: weights compare two policies")
+        if self.clip_log_weight[1] + math.log(max(1.0, self.negative_scale)) > _LOG_FLOAT32_MAX:
+            raise ValueError(
+                "weights could exceed the largest float32: lower the upper clip_log_weight or negative_scale"
+            )
+        return self
 
     @property
     def stored_name(self) -> str:

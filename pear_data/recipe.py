@@ -20,6 +20,7 @@ from pear_data.config import (
     ScoreSettings,
     Settings,
     WeightSettings,
+    first_fault,
 )
 from pear_data.errors import UsageError
 from pear_data.progress import Outcome, Progress
@@ -82,9 +83,8 @@ def load_recipe(
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"])
-        raise UsageError(f"{path}: {place}: {fault['msg']}") from None
+        place, message = first_fault(error)
+        raise UsageError(f"{path}: {'.'.join(place)}: {message}") from None
 
 
 def run_recipe(recipe: Recipe, store_folder: Path, progress: Progress) -> list[Outcome]:

@@ -14,6 +14,7 @@ import click
 
 from pear_data import __version__
 from pear_data.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, PearError
+from pear_data.stages.text import one_line
 
 COMMANDS = (
     "demo",
@@ -94,7 +95,8 @@ def run(arguments: list[str]) -> int:
 def _fail(message: str, code: int, *, debug: bool = False) -> int:
     if debug:
         traceback.print_exc()
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    # A message may quote a corpus, a file's name or a library.
+    click.echo(f"Error: {one_line(' '.join(message.split()))}", err=True)
     return code
 
 

@@ -11,6 +11,7 @@ import click
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from pear_data.config import first_fault
 from pear_data.errors import EXIT_OK, EXIT_QUARANTINED, UsageError
 from pear_data.progress import Outcome
 
@@ -52,9 +53,9 @@ def build(model: type[Model], values: dict[str, Any]) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = "--" + str(fault["loc"][0]).replace("_", "-") if fault["loc"] else model.__name__
-        raise UsageError(f"{where}: {fault['msg']}") from None
+        place, message = first_fault(error)
+        where = f"--{place[0].replace('_', '-')}: " if place else ""
+        raise UsageError(where + message) from None
 
 
 def finish(*outcomes: Outcome) -> int:

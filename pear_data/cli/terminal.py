@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import BinaryIO
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pear_data.stages.text import one_line, printable
 
 
 class TerminalProgress:
@@ -22,7 +25,7 @@ class TerminalProgress:
         self._start = time.monotonic()
 
     def say(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True)
+        self._console.print(one_line(line), soft_wrap=True)
 
     def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self._title = title
@@ -53,7 +56,7 @@ class TerminalProgress:
             left = (self._total - self._done) / self._speed()
             line += f", {_clock(max(0.0, left))} left"
         if self._bar is None:
-            click.echo(line, err=True)
+            click.echo(one_line(line), err=True)
 
     def end(self) -> None:
         if self._bar is not None:
@@ -62,6 +65,17 @@ class TerminalProgress:
 
     def _speed(self) -> float:
         return (self._done - self._earlier) / max(time.monotonic() - self._start, 1e-9)
+
+
+class PrintableSink:
+    """A terminal to write UTF-8 text to, whole characters at a time: nothing in it steers the terminal."""
+
+    def __init__(self, terminal: BinaryIO) -> None:
+        self._terminal = terminal
+
+    def write(self, data: bytes) -> int:
+        self._terminal.write(printable(data.decode()).encode())
+        return len(data)
 
 
 def _clock(seconds: float) -> str:

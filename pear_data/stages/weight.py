@@ -69,7 +69,7 @@ def _weight_shard(
         behavior: ["logprobs", "status"],
     }
     statuses: dict[str, int] = {}
-    rows = num_scored = 0
+    rows = weighted = 0
     with parquet_shard(final, WEIGHTS) as writer:
         for tables in aligned_row_groups(store, shard, columns):
             table = _weight_rows(tables[CORPUS]["label"], tables[target], tables[behavior], settings)
@@ -77,15 +77,14 @@ def _weight_shard(
             for count in table["status"].value_counts().to_pylist():
                 statuses[count["values"]] = statuses.get(count["values"], 0) + count["counts"]
             rows += len(table)
-            scored = int(table["num_scored"].to_numpy().sum())
-            num_scored += scored
-            progress.advance(scored)
+            weighted += _tokens_ok(table)
+            progress.advance(_tokens_ok(tables[target]))
     return Shard(
         name=shard.name,
         file=store.entry_of(final),
         rows=rows,
-        num_tokens=num_scored,
-        num_scored=num_scored,
+        num_tokens=weighted,
+        num_scored=weighted,
         counts=statuses,
         inputs=shard.checksums,
     )
@@ -160,6 +159,11 @@ def _summary(
     }
 
 
+def _tokens_ok(table: pa.Table) -> int:
+    """Scored tokens of the rows with status ok."""
+    return int(table["num_scored"].to_numpy()[_is_ok(table)].sum())
+
+
 def _is_ok(scores: pa.Table) -> npt.NDArray[np.bool_]:
     return np.asarray(scores["status"].to_numpy(zero_copy_only=False) == STATUS_OK, dtype=np.bool_)
 
@@ -178,5 +182,5 @@ def _outcome(store: Store, key: str) -> Outcome:
         for status, count in shard.counts.items():
             statuses[status] = statuses.get(status, 0) + count
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
-    summary = f"{key}: {stage.num_scored:,} scored tokens in {stage.rows:,} samples ({counts})"
+    summary = f"{key}: {stage.num_scored:,} weighted tokens in {stage.rows:,} samples ({counts})"
     return Outcome(summary, rejected=statuses.get(STATUS_UNSCORED, 0))

@@ -82,6 +82,8 @@ def test_rows_a_policy_could_not_score_have_no_weights(make_store, samples):
     assert [row["status"] for row in got] == ["ok"] * 3 + ["unscored"] * 2 + ["ok"] * 9 + ["unscored"] * 6
     assert got[3]["weights"] is got[3]["ess"] is got[3]["clipped_low"] is None
     assert len(got[2]["weights"]) == len(samples[2].initial)
+    weighted = sum(len(row["weights"]) for row in got if row["status"] == "ok")
+    assert open_store(folder).stage("weights/block").num_scored == weighted
 
 
 def test_weightings_live_side_by_side(make_store, samples):
@@ -110,7 +112,9 @@ def test_a_damaged_shard_alone_is_made_again(make_store, samples):
     run(folder)
     before = rows(folder, "block")
     path = folder / "weights" / "block" / "part-00001.parquet"
-    path.write_bytes(path.read_bytes()[:-8])
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
     untouched = (folder / "weights" / "block" / "part-00000.parquet").stat().st_mtime_ns
     run(folder)
     assert rows(folder, "block") == before
