@@ -35,6 +35,8 @@ def aligned_shards(store: Store, keys: Sequence[str]) -> list[AlignedShard]:
     corpus = store.complete_stage(CORPUS)
     for key in keys:
         store.complete_stage(key)
+        if fault := outdated(store, key):
+            raise MismatchError(fault)
     return [
         AlignedShard(
             shard.name, {CORPUS: shard, **{key: _counterpart(store, key, shard.name) for key in keys}}
@@ -43,17 +45,28 @@ def aligned_shards(store: Store, keys: Sequence[str]) -> list[AlignedShard]:
     ]
 
 
+def outdated_inputs(store: Store, shard: Shard) -> list[str]:
+    """The stages whose present shard of this name is not the one that `shard` was made from."""
+    stages = store.manifest.stages
+    present = {key: stages[key].shard(shard.name) if key in stages else None for key in shard.inputs}
+    return [key for key, entry in present.items() if entry is None or entry.file.sha256 != shard.inputs[key]]
+
+
+def outdated(store: Store, key: str) -> str | None:
+    """Why the finished shards of a stage are not of what the store holds now, or None where they are."""
+    for shard in store.stage(key).shards:
+        for source in outdated_inputs(store, shard):
+            return (
+                f"{key} in {store.path} was not made from the present {source} (shard {shard.name}): "
+                "run the command that makes it again, with --overwrite where settings changed"
+            )
+    return None
+
+
 def _counterpart(store: Store, key: str, name: str) -> Shard:
     entry = store.stage(key).shard(name)
     if entry is None:
         raise MismatchError(f"{key} in {store.path} lacks {name}: run the command that makes it again")
-    for source, checksum in entry.inputs.items():
-        present = store.stage(source).shard(name)
-        if present is None or present.file.sha256 != checksum:
-            raise MismatchError(
-                f"{key} in {store.path} was not made from the present {source} (shard {name}): "
-                "run the command that makes it again"
-            )
     return entry
 
 

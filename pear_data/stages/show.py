@@ -8,7 +8,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from pear_data.errors import UsageError
+from pear_data.errors import MismatchError, UsageError
+from pear_data.stages.alignment import outdated
 from pear_data.stages.colours import STEPS, WeightScale, scale_for
 from pear_data.stages.measure import weighting_settings
 from pear_data.stages.sample_tokens import SampleTokens, read_sample
@@ -44,11 +45,14 @@ def show(store: Store, sample_id: str, name: str | None, console: Console, *, ta
 
     Raises:
         UsageError: there is no such sample or weighting, or no weighting at all.
+        MismatchError: the weighting was made from other log-probs than the store holds now.
     """
     name = name or default_weighting(store.manifest)
     if name is None:
         raise UsageError(f"{store.path} has no weights yet: make some with `pear-data weight`")
     settings = weighting_settings(store, name)
+    if fault := outdated(store, f"weights/{name}"):
+        raise MismatchError(fault)
     with connect(store) as views:
         sample = read_sample(views, sample_id, settings)
     scale = _scale(sample)

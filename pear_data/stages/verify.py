@@ -12,6 +12,7 @@ from pear_data.errors import MismatchError
 from pear_data.progress import Outcome, Progress
 from pear_data.schema import CORPUS as CORPUS_SCHEMA
 from pear_data.schema import SCORES, STATUS_OK, WEIGHTS
+from pear_data.stages.alignment import outdated_inputs
 from pear_data.store import Store
 from pear_data.store.columns import flat_values, list_lengths
 from pear_data.store.manifest import CORPUS, FileEntry, Shard
@@ -51,7 +52,8 @@ def verify(store: Store, progress: Progress) -> Outcome:
     if faulty or misplaced:
         raise MismatchError(
             f"{store.path}: {len(faulty) + len(misplaced)} faults in {len(files)} files, listed above: "
-            "run the commands that made them again, each redoes only what is damaged"
+            "run the commands that made them again (with --overwrite where settings changed); each redoes only what is "
+            "damaged"
         )
     unfinished = [key for key, stage in stages.items() if not stage.complete]
     note = f"; not finished yet: {', '.join(unfinished)}" if unfinished else ""
@@ -77,9 +79,13 @@ def _shard_faults(store: Store, key: str, shard: Shard, faulty: set[str]) -> Ite
     corpus_shard = store.stage(CORPUS).shard(shard.name)
     if kind == CORPUS or (corpus_shard is not None and corpus_shard.file.path in faulty):
         return
-    if corpus_shard is None or shard.inputs.get(CORPUS) != corpus_shard.file.sha256:
-        yield f"{where} was made from another corpus shard than the present one"
-    elif [g.to_pylist() for g in ids] != [
+    outdated = outdated_inputs(store, shard)
+    yield from (
+        f"{where} was made from another shard of {source} than the present one" for source in outdated
+    )
+    if corpus_shard is None or CORPUS not in shard.inputs:
+        yield f"{where} belongs to no shard of the corpus"
+    elif CORPUS not in outdated and [g.to_pylist() for g in ids] != [
         table["sample_id"].to_pylist() for table in store.row_groups(corpus_shard, ["sample_id"])
     ]:
         yield f"{where}: rows are not those of {corpus_shard.file.path}"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pear_data.cli.entry import run
 from pear_data.config import WeightSettings
-from pear_data.errors import UsageError
+from pear_data.errors import MismatchError, UsageError
 from pear_data.progress import Silent
 from pear_data.schema import VOCABULARY
 from pear_data.stages.show import show
@@ -44,6 +44,14 @@ def shown(folder, sample_id, *, colours=False, **options):
     )
     show(open_store(folder), sample_id, options.pop("name", None), console, **options)
     return file.getvalue()
+
+
+def test_weights_of_other_log_probs_are_refused(folder):
+    with writable_store(folder) as store:
+        store.stage("weights/token").shards[1].inputs["scores/initial"] = "0" * 64
+        store.save()
+    with pytest.raises(MismatchError, match="weights/token .* was not made from the present scores/initial"):
+        shown(folder, "s0")
 
 
 def test_plain_text_where_there_is_no_terminal(folder, samples):

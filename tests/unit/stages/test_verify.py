@@ -64,6 +64,14 @@ def test_flips_cuts_and_losses(folder, path):
     assert [line for line in faults(folder) if path in line and "is missing" in line]
 
 
+def test_weights_of_other_log_probs_are_named(folder):
+    with writable_store(folder) as store:
+        store.stage("weights/block").shards[1].inputs["scores/initial"] = "0" * 64
+        store.save()
+    (line,) = faults(folder)
+    assert "weights/block/part-00001.parquet was made from another shard of scores/initial" in line
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
