@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import click
 
@@ -50,6 +50,7 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
       pear-data sql "describe tokens"
       pear-data sql "from samples" -o samples.parquet
     """
+    from pear_data.cli.terminal import PrintableSink
     from pear_data.stages.sql import write_query
     from pear_data.store import open_store
     from pear_data.store.commit import atomic_path
@@ -61,11 +62,13 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
     text = sys.stdin.read() if query == "-" else query
     opened = open_store(store)
     if output is None:
-        note = write_query(opened, text, form, stdout, timeout=timeout)
+        raw = stdout.isatty() and form != "table"
+        sink = cast("BinaryIO", PrintableSink(stdout)) if raw else stdout
+        note = write_query(opened, text, form, sink, timeout=timeout)
         stdout.flush()
     else:
-        with atomic_path(output) as temporary, temporary.open("wb") as sink:
-            note = write_query(opened, text, form, sink, timeout=timeout)
+        with atomic_path(output) as temporary, temporary.open("wb") as file:
+            note = write_query(opened, text, form, file, timeout=timeout)
     if note:
         click.echo(note, err=True)
 

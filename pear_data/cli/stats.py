@@ -71,10 +71,12 @@ def _print_tables(found: list[WeightingStatistics], *, by_source: bool) -> None:
 
 def _print_rows(found: list[WeightingStatistics], form: str, *, by_source: bool) -> None:
     import csv
+    import io
     import json
     import sys
 
     from pear_data.stages.statistics_text import csv_cell, flat_rows
+    from pear_data.stages.text import printable
 
     if form == "json":
         # ASCII: a source may hold characters that steer a terminal.
@@ -85,6 +87,9 @@ def _print_rows(found: list[WeightingStatistics], form: str, *, by_source: bool)
         for row in rows:
             click.echo(json.dumps(row))
     elif rows:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
         writer.writerow(rows[0])
         writer.writerows([csv_cell(value) for value in row.values()] for row in rows)
+        shown = printable(text.getvalue()) if sys.stdout.isatty() else text.getvalue()
+        click.echo(shown, nl=False)

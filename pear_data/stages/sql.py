@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pear_data.errors import UsageError
+from pear_data.stages.alignment import outdated
 from pear_data.stages.text import one_line
 from pear_data.store import Store
 from pear_data.store.views import connect
@@ -42,27 +43,31 @@ def write_query(
     has no NaN or infinity: they become null. In CSV, lists and structs become JSON.
 
     Returns:
-        A note for people where not everything is shown (a table of more than TABLE_ROWS rows).
+        A note for people where not everything is shown (a table of more than TABLE_ROWS rows), or where a stage was
+        made from something else than the store holds now.
 
     Raises:
         UsageError: the query does more than read, or its columns do not fit the format.
         MismatchError: a committed file is missing or has another size.
         PearError: DuckDB refuses the query, or it runs longer than `timeout` seconds.
     """
+    notes = [fault for key in store.manifest.stages if (fault := outdated(store, key))]
     with connect(store, timeout=timeout) as views:
         schema, batches = views.batches(query, BATCH_ROWS)
-        if form == "table":
-            return _write_table(schema, batches, sink)
-        if form != "parquet":
+        if form != "table":
+            _check_names(schema)
+        if form not in ("table", "parquet"):
             _check_text_columns(schema)
-        writer: dict[str, Callable[[pa.Schema, Batches, BinaryIO], None]] = {
+        writer: dict[str, Callable[[pa.Schema, Batches, BinaryIO], str | None]] = {
+            "table": _write_table,
             "json": _write_json,
             "jsonl": _write_jsonl,
             "csv": _write_csv,
             "parquet": _write_parquet,
         }
-        writer[form](schema, batches, sink)
-    return None
+        if cut := writer[form](schema, batches, sink):
+            notes.append(cut)
+    return "\n".join(notes) or None
 
 
 def _write_jsonl(schema: pa.Schema, batches: Batches, sink: BinaryIO) -> None:
@@ -97,7 +102,11 @@ def _lines(batch: pa.RecordBatch) -> bytes:
 
 
 def _write_parquet(schema: pa.Schema, batches: Batches, sink: BinaryIO) -> None:
-    with pq.ParquetWriter(sink, schema, compression="zstd", compression_level=1) as writer:
+    try:
+        writer = pq.ParquetWriter(sink, schema, compression="zstd", compression_level=1)
+    except pa.ArrowNotImplementedError as error:
+        raise UsageError(f"a column is of a type Parquet lacks ({error}): cast it in the query") from None
+    with writer:
         for batch in batches:
             writer.write_batch(batch)
 
@@ -110,8 +119,9 @@ def _write_table(schema: pa.Schema, batches: Batches, sink: BinaryIO) -> str | N
     more = False
     for batch in batches:
         room = TABLE_ROWS - table.row_count
-        for row in batch.slice(0, room).to_pylist():
-            table.add_row(*map(_cell, row.values()))
+        # By column, as two of them may have one name.
+        for row in zip(*(column.to_pylist() for column in batch.slice(0, room).columns), strict=True):
+            table.add_row(*map(_cell, row))
         if len(batch) > room:
             more = True
             break
@@ -137,15 +147,17 @@ def _cell(value: Any) -> str:
     return text if len(text) <= CELL_CHARACTERS else f"{text[: CELL_CHARACTERS - 1]}…"
 
 
-def _check_text_columns(schema: pa.Schema) -> None:
+def _check_names(schema: pa.Schema) -> None:
     repeated = [name for name, count in Counter(schema.names).items() if count > 1]
     if repeated:
         raise UsageError(f"two columns are called {repeated[0]!r}: rename one with AS")
+
+
+def _check_text_columns(schema: pa.Schema) -> None:
     for field in schema:
         if any(pa.types.is_binary(kind) or pa.types.is_interval(kind) for kind in _types_in(field.type)):
             raise UsageError(
-                f"column {field.name!r} is {field.type}, which text formats cannot hold: cast it in the query,"
-                " or use --format parquet"
+                f"column {field.name!r} is {field.type}, which text formats cannot hold: cast it in the query"
             )
 
 

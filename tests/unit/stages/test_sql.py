@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pear_data.cli.entry import run
+from pear_data.cli.terminal import PrintableSink
 from pear_data.errors import PearError, UsageError
 from pear_data.stages import sql
 from pear_data.stages.sql import write_query
@@ -72,6 +73,33 @@ def test_csv_holds_lists_as_json(store):
     )
     rows = list(csv.DictReader(io.StringIO(text.decode())))
     assert rows == [{"l": "[1,null]", "s": '{"a":"x,\\"y"}', "n": "", "t": "a,\nb"}]
+
+
+def test_columns_of_one_name_are_shown_apart_or_refused(store):
+    text, _ = written(store, "select 1 as a, 2 as a", "table")
+    assert "│ 1 │ 2 │" in text.decode()
+    for form in ("csv", "json", "jsonl", "parquet"):
+        with pytest.raises(UsageError, match="two columns are called 'a'"):
+            written(store, "select 1 as a, 2 as a", form)
+
+
+def test_types_no_file_holds_are_refused(store):
+    for form in ("csv", "json", "jsonl", "parquet"):
+        with pytest.raises(UsageError, match="cast it in the query"):
+            written(store, "select interval 1 day as i", form)
+
+
+def test_a_stage_of_other_log_probs_is_noted(store):
+    store.stage("scores/initial").shards[0].inputs["corpus"] = "0" * 64
+    _, note = written(store, "select 1 as a", "jsonl")
+    assert "scores/initial" in note
+    assert "was not made from the present corpus" in note
+
+
+def test_what_goes_to_a_terminal_cannot_steer_it():
+    sink = io.BytesIO()
+    PrintableSink(sink).write("a,\x1b[2Jé\x9b\n".encode())
+    assert sink.getvalue().decode() == "a,[2Jé\n"
 
 
 def test_no_rows(store):
