@@ -148,7 +148,7 @@ def _listed(path: Path, names: Callable[[Any], list[str]]) -> list[str]:
 
 def _names(found: list[_Found]) -> list[str]:
     """As many trailing parts of each path as tell it from the others."""
-    repeated = [path for path, count in Counter(each.given for each in found).items() if count > 1]
+    repeated = [path for path, count in Counter(each.given.resolve() for each in found).items() if count > 1]
     if repeated:
         raise UsageError(f"{repeated[0]} is given twice: its rows would be, too")
     parts = [each.parts for each in found]

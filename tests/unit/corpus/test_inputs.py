@@ -64,6 +64,11 @@ def test_a_file_given_twice_is_refused(tmp_path):
     path.write_bytes(LINE)
     with pytest.raises(UsageError, match="given twice"):
         found([path, path], tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for other in (tmp_path / "x" / ".." / "a.jsonl", tmp_path / "link.jsonl"):
+        with pytest.raises(UsageError, match="given twice"):
+            found([path, other], tmp_path)
 
 
 def test_a_folder_of_files(tmp_path):
