@@ -17,9 +17,9 @@ from functools import lru_cache
 
 Numbers = tuple[int, ...]
 
-SMALLEST, LARGEST = 2, 12  # of a puzzle's numbers
-TARGETS = range(10, 61)
-CEILING = 99  # no intermediate result has three digits
+SMALLEST, LARGEST = 2, 10  # of a puzzle's numbers
+TARGETS = range(10, 41)
+CEILING = 50  # no intermediate result is larger
 MAX_ANSWER_CHARACTERS = 100
 
 _PROMPT = re.compile(r"Use each of (\d{1,3}(?:, \d{1,3}){2,3}) once to make (\d{1,3})\.")
@@ -119,9 +119,9 @@ def _reachable(numbers: Numbers) -> frozenset[int]:
 def verify(puzzle: Puzzle, answer_text: str) -> bool:
     """Whether a reply solves the puzzle.
 
-    The reply's last line, and no other, must read `Answer: <expression>`: decimal integers, + - * /, parentheses, and
-    spaces between them. The expression must use each of the puzzle's numbers exactly once and be exactly the target; fractions on
-    the way are fine.
+    The reply's last line, and no other, must read `Answer: <expression>`: decimal integers, + - * /, parentheses,
+    and spaces between them. The expression must use each of the puzzle's numbers exactly once and be exactly the
+    target; fractions on the way are fine.
     """
     *reasoning, last = answer_text.split("\n")
     found = _ANSWER.fullmatch(last)

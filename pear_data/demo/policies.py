@@ -77,18 +77,19 @@ def encode(tokenizer: Qwen2Tokenizer, chat: Chat) -> Encoded:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Warm-up to `peak_rate` over the first twentieth, then a cosine down to a twentieth of it."""
+    """Learning rates: warm-up over the first twentieth of the steps, then a cosine down to a twentieth."""
 
     steps: int
-    peak_rate: float
+    matrix_rate: float = 0.02
+    other_rate: float = 0.003
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step."""
+    def share(self, step: int) -> float:
+        """The share of its peak that every rate has at a step."""
         warmup = max(1, self.steps // 20)
         if step < warmup:
-            return self.peak_rate * (step + 1) / warmup
+            return (step + 1) / warmup
         done = (step - warmup) / (self.steps - warmup)
-        return self.peak_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+        return 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
 
 
 def train(
@@ -97,25 +98,35 @@ def train(
     schedule: Schedule,
     log: Callable[[str], None],
 ) -> None:
-    """Next-token training on the reply tokens with AdamW, in float32."""
-    matrices = [p for p in policy.parameters() if p.ndim == 2]
-    others = [p for p in policy.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-    )
+    """Next-token training on the reply tokens, in float32.
+
+    Muon takes the matrices of the layers and AdamW the rest: in a minute on one core that gets further than AdamW
+    alone does in five.
+    """
+    optimizers = _optimizers(policy)
     policy.train()
     for step in range(schedule.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(step)
+        for optimizer, peak_rate in zip(optimizers, (schedule.matrix_rate, schedule.other_rate), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak_rate * schedule.share(step)
         loss = -_reply_logprobs(policy, next(batches)).mean()
-        optimizer.zero_grad(set_to_none=True)
+        policy.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if step % 200 == 0 or step == schedule.steps - 1:
             log(f"step {step:5d} of {schedule.steps}  loss {loss.item():.4f}")
     policy.eval()
+
+
+def _optimizers(policy: Qwen2ForCausalLM) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    named = dict(policy.named_parameters())
+    matrices = {name for name, parameter in named.items() if parameter.ndim == 2 and "embed" not in name}
+    return (
+        torch.optim.Muon([named[name] for name in named if name in matrices], weight_decay=0.01),
+        torch.optim.AdamW([named[name] for name in named if name not in matrices], betas=(0.9, 0.95)),
+    )
 
 
 def score(

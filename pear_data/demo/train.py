@@ -37,9 +37,9 @@ from pear_data.weighting import CLIP_LOG_RATIO, Level, importance_weights
 
 ASSETS = Path(__file__).with_name("assets")
 
-INITIAL_MANNER = Manner(foresight=0.4, wording=(0.2, 0.3, 0.5), dead_ends=2)
-TEACHER_MANNER = Manner(foresight=0.8, wording=(0.6, 0.25, 0.15), dead_ends=2)
-FAR_SHARE = 1 / 20  # of the initial policy's training
+INITIAL_MANNER = Manner(foresight=0.45, wording=(0.3, 0.3, 0.4), dead_ends=4)
+TEACHER_MANNER = Manner(foresight=0.7, wording=(0.6, 0.25, 0.15), dead_ends=4)
+FAR_STEPS = 40
 QUESTIONS = 128  # a round
 MAX_ROUNDS = 40  # of questions, to fill the corpus
 
@@ -50,9 +50,7 @@ class Plan:
 
     seed: int = 0
     initial_steps: int = 1200
-    initial_rate: float = 3e-3
     teacher_steps: int = 2000
-    teacher_rate: float = 2e-3
     right_answers: int = 460
     wrong_answers: int = 40
     exam: int = 400  # puzzles the pass rates are measured on
@@ -68,13 +66,12 @@ def make_tokenizer(seed: int) -> Qwen2Tokenizer:
     return policies.train_tokenizer(texts)
 
 
-def make_initial(tokenizer: Qwen2Tokenizer, plan: Plan, share: float = 1.0) -> Qwen2ForCausalLM:
-    """An initial policy trained from random weights, for `share` of the plan's steps."""
-    torch.manual_seed(plan.seed)
+def make_initial(tokenizer: Qwen2Tokenizer, seed: int, steps: int) -> Qwen2ForCausalLM:
+    """An initial policy, trained from random weights."""
+    torch.manual_seed(seed)
     policy = policies.new_policy(tokenizer)
-    batches = training_batches(tokenizer, INITIAL_MANNER, random.Random(f"{plan.seed} initial"))
-    schedule = policies.Schedule(round(share * plan.initial_steps), plan.initial_rate)
-    policies.train(policy, batches, schedule, log)
+    batches = training_batches(tokenizer, INITIAL_MANNER, random.Random(f"{seed} initial"))
+    policies.train(policy, batches, policies.Schedule(steps), log)
     return policy
 
 
@@ -82,7 +79,7 @@ def make_teacher(tokenizer: Qwen2Tokenizer, initial: Qwen2ForCausalLM, plan: Pla
     """The teacher, trained on from the initial policy."""
     policy = copy.deepcopy(initial)
     batches = training_batches(tokenizer, TEACHER_MANNER, random.Random(f"{plan.seed} teacher"))
-    policies.train(policy, batches, policies.Schedule(plan.teacher_steps, plan.teacher_rate), log)
+    policies.train(policy, batches, policies.Schedule(plan.teacher_steps, 0.01, 0.0015), log)
     return policy
 
 
@@ -119,16 +116,14 @@ def answer(
 def make_corpus(teacher: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, plan: Plan) -> list[dict[str, Any]]:
     """The teacher's replies to fresh puzzles, each puzzle once, until there are enough right and wrong ones."""
     rng = random.Random(f"{plan.seed} corpus")
-    fresh, asked = puzzles(rng, fresh=True), set[tuple[tuple[int, ...], int]]()
+    fresh, asked = puzzles(rng, fresh=True), set[Puzzle]()
     wanted = {1: plan.right_answers, -1: plan.wrong_answers}
     rows: list[dict[str, Any]] = []
     for _ in range(MAX_ROUNDS):
         questions: list[Puzzle] = []
         while len(questions) < QUESTIONS:
-            puzzle = next(fresh)
-            key = (tuple(sorted(puzzle.numbers)), puzzle.target)
-            if key not in asked:
-                asked.add(key)
+            if (puzzle := next(fresh)) not in asked:
+                asked.add(puzzle)
                 questions.append(puzzle)
         for row in answer(teacher, tokenizer, questions, rng):
             if wanted[row["label"]]:
@@ -185,8 +180,9 @@ def make_assets(folder: Path, plan: Plan) -> dict[str, Any]:
     """Make everything into `folder`; returns what `training.json` holds."""
     started = time.monotonic()
     tokenizer = make_tokenizer(plan.seed)
-    initial = make_initial(tokenizer, plan)
+    initial = make_initial(tokenizer, plan.seed, plan.initial_steps)
     save(initial, tokenizer, folder / "initial")
+    log(f"initial pass rate {pass_rate(initial, tokenizer, plan):.3f}")
     save(make_teacher(tokenizer, initial, plan), tokenizer, folder / "behavior")
     seconds = time.monotonic() - started
     # From here on the policies are those on disk, rounded as users will load them.
@@ -207,10 +203,10 @@ def make_assets(folder: Path, plan: Plan) -> dict[str, Any]:
     return summary
 
 
-def make_far(folder: Path, plan: Plan) -> None:
+def make_far(folder: Path, seed: int) -> None:
     """Write an initial policy that has barely begun to learn, with the bundled tokenizer."""
-    tokenizer = make_tokenizer(plan.seed)
-    save(make_initial(tokenizer, plan, FAR_SHARE), tokenizer, folder)
+    tokenizer = make_tokenizer(seed)
+    save(make_initial(tokenizer, seed, FAR_STEPS), tokenizer, folder)
 
 
 def log(line: str) -> None:
@@ -227,7 +223,7 @@ def main(output: Path, seed: int, far: Path | None) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     if far is not None:
-        make_far(far, Plan(seed=seed))
+        make_far(far, seed)
     else:
         click.echo(json.dumps(make_assets(output, Plan(seed=seed)), indent=2))
 
