@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from pear_data.stages.statistics import GroupStatistics, WeightingStatistics
 
 MEANINGS = {
-    "token": "each token has a weight of its own",
-    "block": "4 tokens share a weight (the default)",
-    "sequence": "a whole answer shares a weight",
+    "token": "one per token",
+    "block": "one per 4 tokens",
+    "sequence": "one per answer",
 }
 
 
@@ -69,11 +69,11 @@ def _table(found: list[WeightingStatistics]) -> Table:
 
     table = Table(header_style="bold")
     table.add_column("weights")
-    table.add_column("what it means")
+    table.add_column("which are", no_wrap=True)
     table.add_column("mean", justify="right")
-    table.add_column("9 in 10 lie within", justify="right")
-    table.add_column("first / last tenth", justify="right")
-    table.add_column("effective tokens", justify="right")
+    table.add_column("9 in 10 within", justify="right")
+    table.add_column("start / end", justify="right")
+    table.add_column("effective", justify="right")
     for one in found:
         corpus = one.corpus
         deciles = [weight for weight in corpus.weight_by_decile if weight is not None]
@@ -91,7 +91,9 @@ def _table(found: list[WeightingStatistics]) -> Table:
 def _next_commands(folder: Path, seconds: float) -> str:
     store = f"--store {folder / 'store'}"
     return f"""
-Effective tokens: how much of the corpus carries the training signal (100 % when all weights are equal).
+mean         above 1, training leans on text the initial policy would write too; below 1, away from what it would not
+start / end  mean weight in the first and the last tenth of an answer: a token is weighed by what follows it
+effective    how much of the corpus carries the training signal; 100% when all weights are equal
 
 See every token coloured by its weight:  {folder / "report.html"}
 Train on:                                {folder / "export"}   (README: "Train on it")

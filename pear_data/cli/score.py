@@ -37,14 +37,16 @@ def command(store: Path, corpus: tuple[str, ...], overwrite: bool, **options: An
       pear-data score --policy behavior --from-field logprobs
     """
     from pear_data.cli.terminal import TerminalProgress
-    from pear_data.stages.ingest import ingest
-    from pear_data.stages.score import score_policy
     from pear_data.store import writable_store
 
     settings = build(ScoreSettings, {name: options[name] for name in ScoreSettings.model_fields})
     progress = TerminalProgress()
     outcomes = []
     with writable_store(store, create=bool(corpus)) as opened:
+        # Only now, so that a second writer leaves before it has loaded torch.
+        from pear_data.stages.ingest import ingest
+        from pear_data.stages.score import score_policy
+
         if corpus:
             outcomes.append(ingest(opened, _ingest_settings(opened, corpus, settings, options), progress))
         outcomes.append(score_policy(opened, settings, progress, overwrite=overwrite))

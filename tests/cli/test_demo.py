@@ -12,7 +12,7 @@ def test_demo_ends_with_a_table_commands_and_a_page(tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert run(["demo", "here"]) == 0
     captured = capsys.readouterr()
-    for text in ("token", "block", "sequence", "effective tokens", "pear-data stats", "here/report.html"):
+    for text in ("token", "block", "sequence", "effective", "pear-data stats", "here/report.html"):
         assert text in captured.out
     store = open_store("here/store")
     assert list(store.weights) == ["token", "block", "sequence"]

@@ -164,18 +164,14 @@ def test_logprobs_recorded_at_generation_time(job, capsys, tmp_path):
 
 
 def test_a_policy_with_another_tokenizer_is_refused(job, capsys, tmp_path):
-    from tokenizers import Tokenizer
-
     other = tmp_path / "other"
     AutoModelForCausalLM.from_pretrained(asset("behavior")).save_pretrained(other)
     tokenizer = AutoTokenizer.from_pretrained(asset("behavior"))
     tokenizer.save_pretrained(other)
     content = json.loads((other / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
-    (first, second) = sorted(vocabulary)[70:72]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
     (other / "tokenizer.json").write_text(json.dumps(content))
-    Tokenizer.from_file(str(other / "tokenizer.json"))
     arguments = ["score", "--policy", "swapped", "--model", str(other), "--store", str(job / "store")]
     assert run(arguments) == 4
     message = capsys.readouterr().err

@@ -102,9 +102,13 @@ def test_of_two_at_once_the_second_leaves_and_the_first_is_unharmed(tmp_path, un
     store = tmp_path / "store"
     first = start(store)
     wait_for_shards(store, first, 1)
-    second = subprocess.run(
-        command(store), env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=120
-    )
+    first.send_signal(signal.SIGSTOP)
+    try:
+        second = subprocess.run(
+            command(store), env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert second.returncode == 1
     assert f"is being written by process {first.pid}" in second.stderr
     first.communicate(timeout=300)
