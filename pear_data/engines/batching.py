@@ -29,13 +29,17 @@ def check_vocabulary(batch: TokenBatch, vocab_size: int) -> None:
 
 
 def needed_tokens(batch: TokenBatch) -> IntArray:
-    """Tokens of each sample that its log-probs depend on, [n]: all before its last scored token; 0 if none is."""
+    """Tokens of each sample to run, [n]: those before its last scored token; 0 if none is scored.
+
+    The whole sample where that saves less than a tenth: equal shapes round as plain transformers does, and over 2,000
+    tokens float32 rounding alone was seen to reach 3e-5.
+    """
     scored = np.flatnonzero(batch.loss_mask)
     ends = batch.scored_offsets[1:]
     has_scored = batch.num_scored > 0
     needed = np.zeros(len(batch), dtype=np.int64)
     needed[has_scored] = scored[ends[has_scored] - 1] - batch.offsets[:-1][has_scored]
-    return needed
+    return np.where(needed > 0.9 * batch.num_tokens, batch.num_tokens, needed)
 
 
 def token_budget_batches(lengths: IntArray, budget: int) -> Iterator[IntArray]:
