@@ -119,7 +119,10 @@ def run_recipe(recipe: Recipe, store_folder: Path, progress: Progress) -> list[O
 
 def _overlay(step: dict[str, Any], environment: Mapping[str, str], overrides: Mapping[str, Any]) -> None:
     for name in step.keys() & STEP_SETTINGS.keys():
-        settings = dict(step[name] or {})
+        given = step[name]
+        if not (given is None or isinstance(given, dict)):
+            continue  # refused, with its place, when the recipe is validated
+        settings = dict(given or {})
         for setting, field in STEP_SETTINGS[name].model_fields.items():
             text = environment.get(f"PEAR_{name}_{setting}".upper())
             if text is not None:

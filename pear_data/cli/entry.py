@@ -70,6 +70,9 @@ def run(arguments: list[str]) -> int:
         result = pear_data.main(arguments, prog_name="pear-data", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "pear-data"
         return _fail(f"{error.format_message()} (see `{command} --help`)", EXIT_USAGE)

@@ -40,4 +40,7 @@ def _split(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: write STEP.SETTING=VALUE")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {text}: the value is not valid YAML: {error}") from None

@@ -54,6 +54,7 @@ def _print_tables(found: list[WeightingStatistics], *, by_source: bool) -> None:
 
     from pear_data.stages.sql import UNLIMITED_WIDTH
     from pear_data.stages.statistics_text import described, set_aside, source_table, statistics_table
+    from pear_data.stages.text import one_line
 
     width = None if sys.stdout.isatty() else UNLIMITED_WIDTH
     console = Console(markup=False, highlight=False, emoji=False, width=width)
@@ -64,7 +65,7 @@ def _print_tables(found: list[WeightingStatistics], *, by_source: bool) -> None:
         if aside := set_aside(one.corpus):
             console.print(f"  {aside}", soft_wrap=True)
         for finding in one.findings:
-            console.print(f"  ! {finding.text}", soft_wrap=True)
+            console.print(f"  ! {one_line(finding.text)}", soft_wrap=True)
         if not one.findings:
             console.print("  nothing looks wrong", soft_wrap=True)
 

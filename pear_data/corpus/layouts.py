@@ -111,6 +111,8 @@ def _side(fields: Fields, name: str, turn: Callable[[str], dict[str, Any]]) -> l
     value = _required(fields, name)
     if isinstance(value, str):
         return [turn(value)]
+    if not isinstance(value, list):
+        raise SampleError(f"field {name!r} is neither a string nor a list of turns")
     return turns.messages(value, name)
 
 

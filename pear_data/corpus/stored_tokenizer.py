@@ -10,6 +10,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pear_data.chat.tokenizers import token_strings
+from pear_data.errors import PearError
 from pear_data.schema import VOCABULARY
 from pear_data.store import Store
 from pear_data.store.commit import TEMP_SUFFIX, atomic_path
@@ -48,7 +49,13 @@ def _save_files(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[FileEn
     staging = store.path / f"{FOLDER}{TEMP_SUFFIX}"
     shutil.rmtree(staging, ignore_errors=True)
     try:
-        tokenizer.save_pretrained(staging)
+        try:
+            tokenizer.save_pretrained(staging)
+        # What the tokenizers library cannot write, it reports as a bare Exception.
+        except Exception as error:
+            raise PearError(
+                f"cannot write {staging}: {error}; free space or use another --store, then run the same command again"
+            ) from error
         saved = sorted(path for path in staging.rglob("*") if path.is_file())
         return [_publish(store, path, store.path / FOLDER / path.relative_to(staging)) for path in saved]
     finally:

@@ -5,8 +5,10 @@ A dataset is written beside its place and renamed into it when whole, so what st
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +20,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pear_data import __version__
 from pear_data.config import ExportSettings
-from pear_data.errors import MismatchError, UsageError
+from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.progress import Outcome, Progress
 from pear_data.schema import EXPORT_HF, FLOATS, INPUT_IDS, STATUS_OK
 from pear_data.stages.alignment import AlignedShard, aligned_row_groups, aligned_shards
 from pear_data.store import Store
 from pear_data.store.columns import flat_values, list_column, list_lengths
 from pear_data.store.commit import write_atomically
+from pear_data.store.lock import LOCK_NAME, exclusive
 from pear_data.store.manifest import CORPUS, differing_fields
 from pear_data.store.shards import parquet_shard, write_group
 
 EXPORT_MANIFEST = "pear_export.json"
 IGNORED_LABEL = -100
+PARTIAL_SUFFIX = ".pear_export"
 
 
 class ExportManifest(BaseModel):
@@ -82,30 +86,44 @@ def export(store: Store, settings: ExportSettings, progress: Progress) -> Outcom
     out = Path(settings.out)
     if _already_exported(store, settings, shards, out):
         return Outcome(f"{out}: already holds this export; nothing to do")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    totals = _Totals()
-    progress.begin(f"export {out}", sum(s.entries[CORPUS].num_tokens for s in shards), "tokens")
-    for index, shard in enumerate(shards):
-        # Loaders take a file called train-* for the split of that name and leave pear_export.json alone.
-        _write_shard(store, key, shard, partial / f"train-{index:05d}.parquet", totals, progress)
-        progress.shard(shard.name, f"{totals.samples} samples so far")
-    progress.end()
-    if not totals.samples:
-        shutil.rmtree(partial)
-        raise UsageError(
-            f"{key} has no sample with status ok, so there is nothing to export: see `pear-data stats`"
-        )
-    manifest = _manifest(store, settings, shards, totals)
-    write_atomically(partial / EXPORT_MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    with _whole_folder(out) as partial:
+        totals = _write_shards(store, key, shards, partial, f"export {out}", progress)
+        if not totals.samples:
+            raise UsageError(
+                f"{key} has no sample with status ok, so there is nothing to export: see `pear-data stats`"
+            )
+        manifest = _manifest(store, settings, shards, totals)
+        write_atomically(partial / EXPORT_MANIFEST, manifest.model_dump_json(indent=1) + "\n")
     left_out = ", ".join(f"{count:,} {status}" for status, count in sorted(totals.left_out.items()))
     return Outcome(
         f"{out}: {totals.samples:,} samples, {totals.num_scored:,} weighted tokens, "
         f"mean weight {manifest.mean_weight:.4f}" + (f"; left out: {left_out}" if left_out else "")
     )
+
+
+@contextlib.contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill beside `out`; it becomes `out` when the block ends well and vanishes when it does not.
+
+    Raises:
+        PearError: another process is filling it, or the disk refused.
+    """
+    partial = out.absolute().with_name(f".{out.absolute().name}{PARTIAL_SUFFIX}")
+    with exclusive(partial):
+        for leftover in partial.iterdir():
+            if leftover.name != LOCK_NAME:
+                leftover.unlink()
+        try:
+            yield partial
+            (partial / LOCK_NAME).unlink()
+            if out.exists():
+                out.rmdir()
+            partial.rename(out)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise PearError(f"cannot write {out}: {error.strerror}; choose another OUT") from error
+            raise
 
 
 def _already_exported(store: Store, settings: ExportSettings, shards: list[AlignedShard], out: Path) -> bool:
@@ -125,6 +143,21 @@ def _already_exported(store: Store, settings: ExportSettings, shards: list[Align
         differences = "; ".join(differing_fields(before, after))
         raise MismatchError(f"{out} holds another export ({differences}): remove it or choose another OUT")
     return True
+
+
+def _write_shards(
+    store: Store, key: str, shards: list[AlignedShard], folder: Path, title: str, progress: Progress
+) -> _Totals:
+    totals = _Totals()
+    progress.begin(title, sum(shard.entries[CORPUS].num_tokens for shard in shards), "tokens")
+    try:
+        for index, shard in enumerate(shards):
+            # Loaders take a file called train-* for the split of that name and leave pear_export.json alone.
+            _write_shard(store, key, shard, folder / f"train-{index:05d}.parquet", totals, progress)
+            progress.shard(shard.name, f"{totals.samples} samples so far")
+    finally:
+        progress.end()
+    return totals
 
 
 def _write_shard(

@@ -58,7 +58,7 @@ def findings(
         settings: how the weights were made; remedies already in use are not proposed.
         dtypes: precision each policy was scored in, by policy ("" where unknown).
     """
-    found = list(_half_precision(settings, dtypes))
+    found = [*_nothing_left(corpus), *_half_precision(settings, dtypes)]
     for check in _CHECKS:
         finding = check(corpus, settings)
         if finding is None and len(sources) > 1:
@@ -66,6 +66,20 @@ def findings(
         if finding is not None:
             found.append(finding)
     return found
+
+
+def _nothing_left(corpus: GroupStatistics) -> Iterator[Finding]:
+    if corpus.samples:
+        return
+    counts = ", ".join(f"{count:,} {status}" for status, count in corpus.statuses.items())
+    yield Finding(
+        code="nothing_left",
+        value=0,
+        threshold=1,
+        sources=[],
+        text=f"No positive sample has weights ({counts}), so there is nothing to diagnose. Remedy: look at "
+        "status_<policy> and label in `pear-data sql 'from samples'`; --negative-scale above 0 trains on negatives.",
+    )
 
 
 def _in_sources(check: Check, sources: Sequence[GroupStatistics], settings: WeightSettings) -> Finding | None:

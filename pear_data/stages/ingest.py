@@ -200,9 +200,14 @@ def _write_shards(
                     progress.advance(batch.num_tokens)
                     batch = next(batches, None)
                 if not writer.num_samples:
-                    raise PearError(f"the corpus has no usable row ({writer.first_rejected})")
+                    raise PearError(
+                        f"the corpus has no usable row ({writer.first_rejected}): give JSON Lines (one object a line), "
+                        "Parquet or a saved dataset"
+                    )
             store.commit(CORPUS, writer.entry())
             progress.shard(name, f"{writer.num_samples:,} samples, {writer.quarantined:,} rows quarantined")
+            if writer.quarantined:
+                progress.say(f"quarantined, the first of {name}: {writer.first_rejected}")
     finally:
         progress.end()
 
@@ -218,7 +223,8 @@ def _check_rejected(stage: Stage, writer: ShardWriter, batch: Batch, max_bad: in
 
 def _finish(store: Store, stage: Stage, progress: Progress) -> None:
     if not stage.shards:
-        raise PearError("the corpus has no rows")
+        names = ", ".join(source["name"] for source in stage.settings["inputs"][:_SHOWN_INPUTS])
+        raise PearError(f"the corpus has no rows (read: {names}): give files that hold some")
     check_unique_ids(store, stage.shards)
     counts = {what: count for what, count in sorted(_counts(stage).items()) if count}
     stage.decisions["counts"] = counts
@@ -235,7 +241,7 @@ def _counts(stage: Stage) -> Counter[str]:
 def _outcome(stage: Stage) -> Outcome:
     tokens = sum(shard.num_tokens for shard in stage.shards)
     rejected = sum(shard.quarantined for shard in stage.shards)
-    set_aside = f", {rejected:,} rows in the quarantine" if rejected else ""
+    set_aside = f", {rejected:,} rows with their reasons in the store's quarantine folder" if rejected else ""
     return Outcome(
         f"corpus: {stage.rows:,} samples of {tokens:,} tokens, {stage.num_scored:,} of them scored{set_aside}",
         rejected,

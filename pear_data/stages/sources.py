@@ -118,7 +118,11 @@ def _recorded(row: dict[str, Any], field: str, length: int) -> Floats:
         raise SampleError(f"{field} is not a list of numbers")
     if len(values) != length:
         raise SampleError(f"{field} has {len(values)} log-probs for {length} scored tokens")
-    logprobs = np.asarray(values, dtype=np.float32)
+    try:
+        with np.errstate(over="ignore"):
+            logprobs = np.asarray(values, dtype=np.float64).astype(np.float32)
+    except OverflowError:  # an integer beyond any float
+        raise SampleError(f"{field} has a log-prob that is not finite") from None
     if not np.isfinite(logprobs).all():
         raise SampleError(f"{field} has a log-prob that is not finite")
     if (logprobs > 0).any():

@@ -15,7 +15,7 @@ LOCK_NAME = ".lock"
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold the writer's lock of a store.
+    """Hold the writer's lock of a folder, which is made where it is missing.
 
     Raises:
         PearError: another process holds it, named by its process id (nothing waits), or the folder cannot be
@@ -25,9 +25,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         opened = (folder / LOCK_NAME).open("a+")
     except OSError as error:
-        raise PearError(
-            f"cannot write the store {folder} ({error.strerror}): choose another --store"
-        ) from error
+        raise PearError(f"cannot write to {folder} ({error.strerror}): choose another place") from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,7 +33,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise PearError(
-                f"{folder} is being written by process {holder}: wait for it, or use another --store"
+                f"{folder} is being written by process {holder}: wait for it, or choose another place"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

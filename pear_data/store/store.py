@@ -110,8 +110,11 @@ class Store:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"has {size} bytes where the manifest says {entry.bytes}"
-        if not size_only and sha256_of(path) != entry.sha256:
-            return "does not match its sha256 in the manifest"
+        try:
+            if not size_only and sha256_of(path) != entry.sha256:
+                return "does not match its sha256 in the manifest"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
         return None
 
     def row_groups(self, shard: Shard, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:

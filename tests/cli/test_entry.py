@@ -68,7 +68,7 @@ def test_every_command_has_help_with_an_example(name):
         (
             ["ingest", "x", "--tokenizer", "t", "--store", "/dev/null/x"],
             1,
-            "cannot write the store /dev/null/x",
+            "cannot write to /dev/null/x (Not a directory)",
         ),
         (["stats", "--store", "a\x1b[2J\x9b31m"], 1, "no store at a[2J31m"),
         (["weight"], 1, "no store at"),
@@ -77,6 +77,11 @@ def test_every_command_has_help_with_an_example(name):
         (["export", "out"], 1, "no store at"),
         (["score"], 1, "no store at"),
         (["run", "nowhere.yaml"], 2, "no recipe nowhere.yaml"),
+        (
+            ["run", "demo.yaml", "--set", "weight.gamma=["],
+            2,
+            "--set weight.gamma=[: the value is not valid YAML",
+        ),
         (["ingest", "x.jsonl"], 2, "give --tokenizer"),
     ],
 )
@@ -88,6 +93,11 @@ def test_errors_are_one_line_with_the_right_code(arguments, code, message, tmp_p
     assert len(captured.err.splitlines()) == 1
     assert message in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_command_it_shows_the_help(capsys):
+    assert run([]) == 2
+    assert f"\n  {COMMANDS[0]} " in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys, monkeypatch):

@@ -52,6 +52,11 @@ def test_flag_over_environment_over_recipe(path):
             r"steps\.0\.weight\.gamma: Input should be less than or equal to 1",
         ),
         ("steps: [{weight: {}, report: {out: x}}]", "a step is one of"),
+        ("steps: [{weight: 3}]", r"steps\.0\.weight: Input should be a valid dictionary"),
+        (
+            "steps: [{weight: {target: a, behavior: a}}]",
+            r"steps\.0\.weight: target and behavior are both 'a'",
+        ),
         ("steps: [{train: {}}]", r"steps\.0\.train: Extra inputs"),
         ("steps: [!!python/object/apply:os.system ['true']]", "not valid YAML"),
     ],

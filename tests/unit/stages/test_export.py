@@ -10,11 +10,12 @@ import pytest
 
 from pear_data import open_store
 from pear_data.config import ExportSettings, WeightSettings
-from pear_data.errors import MismatchError, UsageError
+from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.progress import Silent
 from pear_data.stages.export import export
 from pear_data.stages.weight import weight
-from pear_data.store import writable_store
+from pear_data.store import commit, writable_store
+from pear_data.store.lock import exclusive
 
 
 @pytest.fixture
@@ -82,8 +83,9 @@ def test_again_is_nothing_other_weights_are_refused_other_folders_are_safe(folde
 
 
 def test_a_killed_export_leaves_nothing_at_its_place_and_is_done_again(folder, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "train-00000.parquet").write_bytes(b"half")
+    partial = tmp_path / ".out.pear_export"
+    partial.mkdir()
+    (partial / "train-00009.parquet").write_bytes(b"half")
     run(folder, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "pear_export.json",
@@ -91,7 +93,32 @@ def test_a_killed_export_leaves_nothing_at_its_place_and_is_done_again(folder, t
         "train-00001.parquet",
         "train-00002.parquet",
     ]
-    assert not (tmp_path / "out.partial").exists()
+    assert not partial.exists()
+
+
+def test_an_export_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
+    writes = []
+
+    def fail_at_the_third(path):
+        writes.append(path)
+        if len(writes) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(commit, "on_write", fail_at_the_third)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(PearError, match="No space left on device"):
+        run(folder, tmp_path / "out")
+    assert len(writes) == 3
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_two_exports_to_one_place_do_not_meet(folder, tmp_path):
+    with (
+        exclusive(tmp_path / ".out.pear_export"),
+        pytest.raises(PearError, match="is being written by process"),
+    ):
+        run(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_export_is_an_error(make_store, samples, tmp_path):

@@ -163,7 +163,9 @@ def test_a_store_where_nothing_is_weighted(make_store, samples):
     (found,) = statistics(add_weights(make_store(samples)))
     assert found.corpus.ess is None
     assert found.corpus.statuses == {"unscored": 20}
-    assert found.findings == []
+    (finding,) = found.findings
+    assert finding.code == "nothing_left"
+    assert "20 unscored" in finding.text
 
 
 def test_missing_and_stale_weights_are_refused(make_store, samples):

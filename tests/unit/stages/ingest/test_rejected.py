@@ -68,9 +68,13 @@ def test_max_bad_stops_the_job_and_keeps_what_is_committed(tmp_path, run, read):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "the corpus has no rows"),
-        (b"\n\n", "the corpus has no rows"),
-        (b"bad\n[]\n", "the corpus has no usable row (a.jsonl:1: not JSON: Expecting value at character 1)"),
+        (b"", "the corpus has no rows (read: a.jsonl): give files that hold some"),
+        (b"\n\n", "the corpus has no rows (read: a.jsonl): give files that hold some"),
+        (
+            b"bad\n[]\n",
+            "the corpus has no usable row (a.jsonl:1: not JSON: Expecting value at character 1): "
+            "give JSON Lines (one object a line), Parquet or a saved dataset",
+        ),
     ],
 )
 def test_a_corpus_without_a_usable_row_is_refused(tmp_path, run, content, message):

@@ -268,12 +268,16 @@ def test_what_was_decided_is_said_and_kept(tmp_path, run):
     with other.open("a") as file:
         file.write("\n\n{}\n")
     outcome, said = run(path, other)
-    assert outcome.summary == "corpus: 6 samples of 252 tokens, 99 of them scored, 1 rows in the quarantine"
+    assert outcome.summary == (
+        "corpus: 6 samples of 252 tokens, 99 of them scored, "
+        "1 rows with their reasons in the store's quarantine folder"
+    )
     assert outcome.rejected == 1
     assert said == [
         "a.jsonl: layout messages (fits problem+solution too; the first in order is taken), ids from row numbers",
         "b.jsonl: layout prompt+completion, ids from field 'id'",
         "scored spans: prefix renderings",
+        "quarantined, the first of part-00000: b.jsonl:6: field 'prompt' is missing or null",
         "2 blank lines passed over",
         "7 rows read",
     ]
