@@ -9,14 +9,18 @@ from pear_data.demo.countdown import Move, Numbers, Puzzle, moves, solvable
 
 SYSTEM = "Use + - * / and think step by step. End with one line, Answer: and the expression."
 
-# Three ways to word each kind of line. How a line opens never tells how it ends.
+# Three ways to word each kind of line. The verdict comes last, after the two numbers it compares.
 _STEP = ("{move}, left {left}.", "Try {move}, which leaves {left}.", "Maybe {move}, then {left} remain.")
 _DEAD_END = (
-    "{move}, not {target}, back to {left}.",
-    "Try {move}, which is not {target}, so go back to {left}.",
-    "Maybe {move}, but I need {target}, so again from {left}.",
+    "{move}, need {target}, back to {left}.",
+    "Try {move}, but is it {target}? No, back to {left}.",
+    "Maybe {move}, I want {target}, so again from {left}.",
 )
-_LAST = ("{move}, done.", "Try {move}, which is right.", "Maybe {move}, that works.")
+_LAST = (
+    "{move}, need {target}, done.",
+    "Try {move}, but is it {target}? Yes.",
+    "Maybe {move}, I want {target}, good.",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def write_solution(puzzle: Puzzle, manner: Manner, rng: random.Random) -> str:
         if len(state) > 1:
             lines.append(_say(_STEP, manner, rng, move=move, left=_listed(state)))
         elif move.result == puzzle.target:
-            lines.append(_say(_LAST, manner, rng, move=move))
+            lines.append(_say(_LAST, manner, rng, move=move, target=puzzle.target))
         else:
             path, state, patience = [], puzzle.numbers, patience - 1
             lines.append(_say(_DEAD_END, manner, rng, move=move, target=puzzle.target, left=_listed(state)))

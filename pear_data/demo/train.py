@@ -39,7 +39,7 @@ ASSETS = Path(__file__).with_name("assets")
 
 INITIAL_MANNER = Manner(foresight=0.45, wording=(0.3, 0.3, 0.4), dead_ends=4)
 TEACHER_MANNER = Manner(foresight=0.7, wording=(0.6, 0.25, 0.15), dead_ends=4)
-FAR_STEPS = 40
+FAR_STEPS = 25
 QUESTIONS = 128  # a round
 MAX_ROUNDS = 40  # of questions, to fill the corpus
 
@@ -49,8 +49,8 @@ class Plan:
     """How much of everything; the defaults are what the bundled assets were made with."""
 
     seed: int = 0
-    initial_steps: int = 1200
-    teacher_steps: int = 2000
+    initial_steps: int = 1000
+    teacher_steps: int = 3500
     right_answers: int = 460
     wrong_answers: int = 40
     exam: int = 400  # puzzles the pass rates are measured on

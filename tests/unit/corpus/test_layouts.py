@@ -234,7 +234,11 @@ def test_tokenized_rows_that_do_not_fit(fields, reason):
         ("messages", {"messages": TURNS, "tools": np.array([1, 2])}, "'tools' is not a list"),
         ("conversations", {"conversations": GPT, "system": 3}, "'system' is not a string"),
         ("prompt+completion", {"prompt": "q"}, "field 'completion' is missing or null"),
-        ("prompt+completion", {"prompt": "q", "completion": 3}, "field 'completion' is neither a string nor a list of turns"),
+        (
+            "prompt+completion",
+            {"prompt": "q", "completion": 3},
+            "field 'completion' is neither a string nor a list of turns",
+        ),
         ("instruction+output", {"instruction": "q", "output": 3}, "field 'output' is not a string"),
         (
             "instruction+output",
