@@ -103,17 +103,15 @@ def connect(store: Store, *, timeout: float | None = None) -> Iterator[Views]:
         timeout: seconds after which queries are stopped; None waits for ever.
 
     Raises:
-        MismatchError: a committed file is missing or has another size than the manifest says. Checksums are not
-            computed here: that would read the whole store for every query; `pear-data verify` does.
+        MismatchError: a committed file is missing, has another size than the manifest says, or a footer that cannot
+            be read. Checksums are not computed here: that would read the whole store for every query;
+            `pear-data verify` does.
     """
     paths = [_present(store, entry) for entry in committed_files(store)]
     with tempfile.TemporaryDirectory(prefix="pear-data-sql-") as scratch:
         connection = duckdb.connect(":memory:", config=_configuration(scratch))
         try:
-            _lock_down(connection, paths)
-            for statement in view_statements(store.manifest, os.path.abspath(store.path)):
-                connection.execute(statement)
-            connection.execute("SET lock_configuration = true")
+            _make_views(connection, store, paths)
             views = Views(connection, timeout)
             try:
                 yield views
@@ -151,6 +149,19 @@ def _configuration(scratch: str) -> dict[str, Any]:
         # A query must not read the variables of the Python program around it.
         "python_enable_replacements": False,
     }
+
+
+def _make_views(connection: duckdb.DuckDBPyConnection, store: Store, paths: list[str]) -> None:
+    _lock_down(connection, paths)
+    try:
+        for statement in view_statements(store.manifest, os.path.abspath(store.path)):
+            connection.execute(statement)
+    except duckdb.Error as error:
+        # A view is bound to the schema in its files' footers, so a damaged or unreadable one is met here.
+        raise MismatchError(
+            f"a file of {store.path} cannot be read ({first_line(error)}): run `pear-data verify`, which names it"
+        ) from None
+    connection.execute("SET lock_configuration = true")
 
 
 def _lock_down(connection: duckdb.DuckDBPyConnection, paths: list[str]) -> None:

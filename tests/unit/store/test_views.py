@@ -171,6 +171,17 @@ def test_policies_with_any_name(make_store, samples):
         assert scalar(views, 'select count("logprob_a-b.c") from tokens') > 0
 
 
+@pytest.mark.parametrize("place", [-1, -6, -8])  # the closing magic, the footer's length
+def test_a_damaged_footer_is_one_line(folder, place):
+    path = folder / "corpus" / "part-00000.parquet"
+    flipped = bytearray(path.read_bytes())
+    flipped[place] ^= 0x55
+    path.write_bytes(flipped)
+    refusal = pytest.raises(MismatchError, match=r"^a file of .*: run `pear-data verify`, which names it$")
+    with refusal, connect(open_store(folder)):
+        pass
+
+
 def test_a_damaged_store_is_refused_before_the_query(folder):
     path = folder / "scores" / "initial" / "part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-1])
