@@ -82,7 +82,23 @@ class ScoreSettings(Settings):
     )
     engine: Literal["auto", "vllm", "transformers"] = Field("auto", description="What runs the model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Model precision.")
+    head_dtype: Literal["model", "float32"] = Field(
+        "model", description="Precision of vLLM's output head; transformers' is float32 in any case."
+    )
     max_length: int | None = Field(None, ge=2, description="Samples longer than this get status too_long.")
+    align: Literal["ids", "bytes"] = Field(
+        "ids", description="bytes: a model of another tokenizer scores the same text, see README."
+    )
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one copy of the model (vLLM).")
+    engine_arg: tuple[str, ...] = Field(
+        (), description="KEY=VALUE passed on to vllm.LLM, VALUE as YAML; may be given again."
+    )
+    workers: int = Field(1, ge=1, description="Engines at work side by side, each on GPUs of its own.")
+    runner: Literal["local", "ray"] = Field("local", description="Where the engines run.")
+    ray_address: str | None = Field(None, description="Ray cluster to join; by default the one Ray finds.")
+    audit: int | None = Field(
+        None, ge=1, description="Score this many samples again in plain float32 and tell the noise."
+    )
     trust_remote_code: bool = Field(False, description="Run code shipped with the model.")
 
 

@@ -58,6 +58,7 @@ MEANINGS = {
     "num_tokens": "Length of input_ids.",
     "num_scored": "Number of scored tokens.",
     "record": "The original row, as JSON.",
+    "span_tokens": "Scored tokens of each span that a foreign tokenizer splits otherwise (--align bytes); else null.",
     "logprobs": "Natural-log probability of each scored token, in order; null where status is not ok.",
     "logprob_sum": "Sum of logprobs in float64; null where status is not ok.",
     "scores.status": "ok, too_long, nonfinite or bad_field.",

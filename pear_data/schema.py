@@ -16,6 +16,7 @@ STATUS_OK = "ok"
 STATUS_TOO_LONG = "too_long"
 STATUS_NONFINITE = "nonfinite"
 STATUS_BAD_FIELD = "bad_field"
+STATUS_FAILED = "failed"  # the engine dies of it
 STATUS_UNSCORED = "unscored"
 STATUS_DROPPED = "dropped"
 
@@ -28,7 +29,8 @@ def _required(name: str, kind: pa.DataType) -> pa.Field:
     return pa.field(name, kind, nullable=False)
 
 
-INPUT_IDS = _list_of(pa.int32())
+INT32S = _list_of(pa.int32())
+INPUT_IDS = INT32S
 LOSS_MASK = _list_of(pa.bool_())
 FLOATS = _list_of(pa.float32())
 
@@ -49,6 +51,8 @@ SCORES = pa.schema(
     [
         _required("sample_id", pa.string()),
         pa.field("logprobs", FLOATS),
+        # Scored tokens of each span, in order, where the policy has another tokenizer (--align bytes); else null.
+        pa.field("span_tokens", INT32S),
         _required("num_scored", pa.int32()),
         pa.field("logprob_sum", pa.float64()),
         _required("status", pa.string()),

@@ -17,13 +17,13 @@ FROM read_parquet([
 ], hive_partitioning = false);
 
 CREATE VIEW stored."scores/initial" AS
-SELECT sample_id, logprobs, num_scored, logprob_sum, status
+SELECT sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM read_parquet([
     'STORE/scores/initial/part-00000.parquet'
 ], hive_partitioning = false);
 
 CREATE VIEW stored."scores/behavior" AS
-SELECT sample_id, logprobs, num_scored, logprob_sum, status
+SELECT sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM read_parquet([
     'STORE/scores/behavior/part-00000.parquet'
 ], hive_partitioning = false);
@@ -39,10 +39,10 @@ SELECT sample_id, source, label, input_ids, loss_mask, num_tokens, num_scored, r
 FROM stored.corpus;
 
 CREATE VIEW scores AS
-SELECT 'initial' AS policy, sample_id, logprobs, num_scored, logprob_sum, status
+SELECT 'initial' AS policy, sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM stored."scores/initial"
 UNION ALL
-SELECT 'behavior' AS policy, sample_id, logprobs, num_scored, logprob_sum, status
+SELECT 'behavior' AS policy, sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM stored."scores/behavior";
 
 CREATE VIEW weights AS

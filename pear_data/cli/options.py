@@ -76,6 +76,8 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
     kind = _without_none(field.annotation)
     if kind is bool:
         return click.option(flag, is_flag=True, **common)
+    if get_args(kind) == (str, ...):
+        return click.option(flag, multiple=True, metavar="KEY=VALUE", help=field.description)
     if get_origin(kind) is tuple:
         return click.option(flag, nargs=2, type=float, metavar="LOW HIGH", **common)
     if get_origin(kind) is Literal:

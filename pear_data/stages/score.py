@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pear_data.config import ScoreSettings
 from pear_data.corpus.batches import token_batches
 from pear_data.progress import Outcome, Progress
-from pear_data.schema import FLOATS, SCORES, STATUS_OK
-from pear_data.stages.sources import Floats, PolicySource, Status, open_source
+from pear_data.schema import FLOATS, INT32S, SCORES, STATUS_OK
+from pear_data.stages.sources import GroupScores, PolicySource, Spans, open_source
 from pear_data.store import Store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import CORPUS, Shard
@@ -80,10 +81,10 @@ def _score_shard(store: Store, key: str, shard: Shard, source: PolicySource, pro
     with parquet_shard(final, SCORES) as writer:
         for batch, record in zip(token_batches(store, shard), records, strict=True):
             source.check_batch(batch)
-            logprobs, status = source.score_group(batch, record, progress.advance)
-            write_group(writer, _score_rows(batch, logprobs, status))
-            statuses.update(status.tolist())
-            scored += int(batch.num_scored[status == STATUS_OK].sum())
+            scores = source.score_group(batch, record, progress.advance)
+            write_group(writer, _score_rows(batch, scores))
+            statuses.update(scores.status.tolist())
+            scored += int(batch.num_scored[scores.status == STATUS_OK].sum())
     return Shard(
         name=shard.name,
         file=store.entry_of(final),
@@ -95,20 +96,28 @@ def _score_shard(store: Store, key: str, shard: Shard, source: PolicySource, pro
     )
 
 
-def _score_rows(batch: TokenBatch, logprobs: Floats, status: Status) -> pa.Table:
-    """One row group; rows whose status is not ok have null log-probs and sum."""
-    ok = status == STATUS_OK
+def _score_rows(batch: TokenBatch, scores: GroupScores) -> pa.Table:
+    """One row group; rows whose status is not ok have null log-probs, spans and sum."""
+    ok = scores.status == STATUS_OK
     lengths = batch.num_scored
     starts = batch.scored_offsets[:-1]
-    sums = np.add.reduceat(np.where(np.repeat(ok, lengths), logprobs, 0.0), starts, dtype=np.float64)
+    kept = np.repeat(ok, lengths)
+    sums = np.add.reduceat(np.where(kept, scores.logprobs, 0.0), starts, dtype=np.float64)
     columns = [
         pa.array(batch.sample_ids, type=pa.string()),
-        list_column(logprobs[np.repeat(ok, lengths)], np.where(ok, lengths, 0), FLOATS, ok),
+        list_column(scores.logprobs[kept], np.where(ok, lengths, 0), FLOATS, ok),
+        _span_column(scores.spans, ok),
         pa.array(lengths, type=pa.int32()),
         pa.array(sums, mask=~ok),
-        pa.array(status, type=pa.string()),
+        pa.array(scores.status, type=pa.string()),
     ]
     return pa.table(columns, schema=SCORES)
+
+
+def _span_column(spans: Spans | None, ok: npt.NDArray[np.bool_]) -> pa.Array:
+    if spans is None:
+        return pa.nulls(len(ok), INT32S)
+    return list_column(spans.tokens[np.repeat(ok, spans.per_row)], np.where(ok, spans.per_row, 0), INT32S, ok)
 
 
 def _outcome(store: Store, key: str, resumed: int) -> Outcome:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,15 +29,33 @@ SHOWN_REASONS = 5
 
 
 @dataclass(frozen=True, slots=True)
+class Spans:
+    """Stretches of scored tokens that a foreign tokenizer splits otherwise; a row's lengths sum to its num_scored."""
+
+    tokens: npt.NDArray[np.int32]  # scored tokens of each span, flat over the rows
+    per_row: npt.NDArray[np.int64]  # spans of each row, [n]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScores:
+    """One row group under one policy. Rows whose status is not ok hold arbitrary log-probs."""
+
+    logprobs: Floats  # of the scored tokens, flat
+    status: Status  # [n]
+    spans: Spans | None = None
+    reasons: Mapping[int, str] = field(default_factory=dict)  # why a row has status failed
+
+
+@dataclass(frozen=True, slots=True)
 class PolicySource:
     """Where one policy's log-probs come from.
 
-    `settings` determine them. `score_group(batch, records, on_tokens)` returns the flat log-probs of a row
-    group's scored tokens and a status for each row; `check_shard` refuses a shard this source cannot score.
+    `settings` determine them. `score_group(batch, records, on_tokens)` scores a row group, `records` holding its
+    `corpus_columns`; `check_batch` refuses a batch this source cannot score.
     """
 
     settings: dict[str, Any]
-    score_group: Callable[[TokenBatch, pa.Table, OnTokens], tuple[Floats, Status]]
+    score_group: Callable[[TokenBatch, pa.Table, OnTokens], GroupScores]
     corpus_columns: tuple[str, ...] = ()
     check_batch: Callable[[TokenBatch], None] = lambda batch: None
 
@@ -46,7 +64,7 @@ def engine_source(engine: Engine, max_length: int | None) -> PolicySource:
     """Log-probs computed by an engine; rows longer than `max_length` or the engine allows are too_long."""
     longest = min(max_length or engine.max_length, engine.max_length)
 
-    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> tuple[Floats, Status]:
+    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> GroupScores:
         status = np.full(len(batch), STATUS_OK, dtype=object)
         fits = batch.num_tokens <= longest
         status[~fits] = STATUS_TOO_LONG
@@ -68,7 +86,7 @@ def engine_source(engine: Engine, max_length: int | None) -> PolicySource:
             logprobs[into] = values
             finite = np.logical_and.reduceat(np.isfinite(values), part.scored_offsets[:-1])
             status[rows[~finite]] = STATUS_NONFINITE
-        return logprobs, status
+        return GroupScores(logprobs, status)
 
     return PolicySource({**engine.identity(), "max_length": longest}, score_group)
 
@@ -88,7 +106,7 @@ def recorded_source(field: str, progress: Progress) -> PolicySource:
     """Log-probs from a field of the original rows: one per scored token, finite and <= 0, or status bad_field."""
     shown = 0
 
-    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> tuple[Floats, Status]:
+    def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> GroupScores:
         nonlocal shown
         rows = [json.loads(record) for record in records["record"].to_pylist()]
         if not any(field in row for row in rows):
@@ -107,7 +125,7 @@ def recorded_source(field: str, progress: Progress) -> PolicySource:
                 if shown <= SHOWN_REASONS:
                     progress.say(f"{batch.sample_ids[index]}: {error}")
         on_tokens(int(batch.num_tokens.sum()))
-        return np.concatenate(parts), status
+        return GroupScores(np.concatenate(parts), status)
 
     return PolicySource({"engine": "recorded", "from_field": field}, score_group, ("record",))
 

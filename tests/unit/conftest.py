@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pear_data.schema import CORPUS, FLOATS, INPUT_IDS, LOSS_MASK, SCORES, VOCABULARY
+from pear_data.schema import CORPUS, FLOATS, INPUT_IDS, INT32S, LOSS_MASK, SCORES, VOCABULARY
 from pear_data.store import writable_store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import Shard, TokenizerEntry
@@ -72,6 +72,7 @@ def _scores_table(samples, policy):
             list_column(
                 np.concatenate(values).astype(np.float32), np.array([len(v) for v in values]), FLOATS, ok
             ),
+            pa.nulls(len(samples), INT32S),
             pa.array([sample.loss_mask.sum() for sample in samples], pa.int32()),
             pa.array([float(np.sum(v, dtype=np.float64)) for v in values], mask=~ok),
             pa.array(status),

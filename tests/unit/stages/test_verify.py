@@ -79,11 +79,11 @@ def test_weights_of_other_log_probs_are_named(folder):
         (lambda t: t.slice(0, 3), "does not hold the 7 rows"),
         (lambda t: t.drop_columns("logprob_sum"), "another schema"),
         (
-            lambda t: t.set_column(2, t.schema.field(2), pa.array(np.ones(len(t)), pa.int32())),
+            lambda t: t.set_column(3, t.schema.field(3), pa.array(np.ones(len(t)), pa.int33())),
             "num_scored differs from the length of logprobs",
         ),
         (
-            lambda t: t.set_column(4, t.schema.field(4), pa.array(["ok"] * len(t))),
+            lambda t: t.set_column(5, t.schema.field(5), pa.array(["ok"] * len(t))),
             "rows with status ok have no logprobs",
         ),
     ],

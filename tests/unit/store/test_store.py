@@ -12,7 +12,7 @@ import pytest
 
 import pear_data.store.commit as commit
 from pear_data.errors import MismatchError, PearError, UsageError
-from pear_data.schema import FLOATS, SCORES
+from pear_data.schema import FLOATS, INT32S, SCORES
 from pear_data.store import open_store, writable_store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import Shard
@@ -27,6 +27,7 @@ def rows(ids):
         [
             pa.array(ids),
             list_column(-np.ones(lengths.sum(), dtype=np.float32), lengths, FLOATS),
+            pa.nulls(len(ids), INT32S),
             pa.array(lengths, pa.int32()),
             pa.array(-lengths.astype(float)),
             pa.array(["ok"] * len(ids)),
