@@ -79,7 +79,7 @@ def test_weights_of_other_log_probs_are_named(folder):
         (lambda t: t.slice(0, 3), "does not hold the 7 rows"),
         (lambda t: t.drop_columns("logprob_sum"), "another schema"),
         (
-            lambda t: t.set_column(3, t.schema.field(3), pa.array(np.ones(len(t)), pa.int33())),
+            lambda t: t.set_column(3, t.schema.field(3), pa.array(np.ones(len(t)), pa.int32())),
             "num_scored differs from the length of logprobs",
         ),
         (
