@@ -17,6 +17,7 @@ STATUS_TOO_LONG = "too_long"
 STATUS_NONFINITE = "nonfinite"
 STATUS_BAD_FIELD = "bad_field"
 STATUS_FAILED = "failed"  # the engine dies of it
+STATUS_UNALIGNED = "unaligned"  # a policy of another tokenizer or template reads another text
 STATUS_UNSCORED = "unscored"
 STATUS_DROPPED = "dropped"
 

@@ -13,9 +13,11 @@ from pear_data.config import WeightSettings
 from pear_data.schema import STATUS_OK
 from pear_data.stages.alignment import aligned_row_groups, aligned_shards
 from pear_data.stages.histogram import Histogram
+from pear_data.stages.spans import compared_spans
 from pear_data.store import Store
 from pear_data.store.columns import flat_values
 from pear_data.store.manifest import CORPUS
+from pear_data.weighting import log_ratios
 
 DECILES = 10
 # Log-ratios are bounded at this inside exp, so that a wild one shows as a huge number and not as infinity.
@@ -85,6 +87,7 @@ class _Tokens:
     behavior: npt.NDArray[np.float32]
     weights: npt.NDArray[np.float32]
     lengths: Counts  # [n], each at least 1
+    spans: Counts | None  # tokens of each span, summing to N; None where both policies share the ids
 
 
 def measure(store: Store, name: str) -> Measured:
@@ -101,8 +104,8 @@ def measure(store: Store, name: str) -> Measured:
     target, behavior = f"scores/{settings.target}", f"scores/{settings.behavior}"
     columns = {
         CORPUS: ["source", "label"],
-        target: ["logprobs"],
-        behavior: ["logprobs"],
+        target: ["logprobs", "span_tokens"],
+        behavior: ["logprobs", "span_tokens"],
         key: ["weights", "num_scored", "status"],
     }
     sources: dict[str, Totals] = {}
@@ -145,17 +148,19 @@ def _count_rows(corpus: pa.Table, weights: pa.Table, rows: Counts, totals: Total
 
 def _tokens(target: pa.Table, behavior: pa.Table, weights: pa.Table, rows: Counts) -> _Tokens:
     taken = pa.array(rows)
+    target, behavior = target.take(taken), behavior.take(taken)
     return _Tokens(
-        flat_values(target["logprobs"].take(taken)),
-        flat_values(behavior["logprobs"].take(taken)),
+        flat_values(target["logprobs"]),
+        flat_values(behavior["logprobs"]),
         flat_values(weights["weights"].take(taken)),
         weights["num_scored"].to_numpy()[rows].astype(np.int64),
+        compared_spans(target, behavior),
     )
 
 
 def _add(totals: Totals, tokens: _Tokens, settings: WeightSettings) -> None:
     weight = tokens.weights.astype(np.float64)
-    log_ratio = np.subtract(tokens.target, tokens.behavior, dtype=np.float64)
+    log_ratio = log_ratios(tokens.target, tokens.behavior, tokens.spans)
     starts = np.cumsum(tokens.lengths) - tokens.lengths
     sample_weight = np.add.reduceat(weight, starts) / tokens.lengths
     bounded = np.clip(log_ratio, -EXP_BOUND, EXP_BOUND)

@@ -9,7 +9,9 @@ import numpy.typing as npt
 
 from pear_data.config import WeightSettings
 from pear_data.errors import UsageError
+from pear_data.stages.spans import agreed_spans
 from pear_data.store.views import Views
+from pear_data.weighting import log_ratios
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +55,6 @@ def read_sample(views: Views, sample_id: str, settings: WeightSettings) -> Sampl
         " WHERE name = ? AND sample_id = ?",
         [settings.stored_name, sample_id],
     )[0]
-    logprobs = dict(
-        views.rows(
-            "SELECT policy, logprobs FROM scores WHERE policy IN (?, ?) AND sample_id = ? AND status = 'ok'",
-            [settings.target, settings.behavior, sample_id],
-        )
-    )
-    both = [np.asarray(logprobs.get(name), np.float64) for name in (settings.target, settings.behavior)]
     return SampleTokens(
         sample_id=sample_id,
         source=source,
@@ -68,8 +63,23 @@ def read_sample(views: Views, sample_id: str, settings: WeightSettings) -> Sampl
         tokens=_texts(views, sample_id, input_ids),
         loss_mask=np.asarray(loss_mask, dtype=np.bool_),
         weights=None if weights is None else np.asarray(weights, dtype=np.float32),
-        log_ratios=both[0] - both[1] if len(logprobs) == 2 else None,
+        log_ratios=_log_ratios(views, sample_id, settings),
     )
+
+
+def _log_ratios(views: Views, sample_id: str, settings: WeightSettings) -> npt.NDArray[np.float64] | None:
+    found = {
+        policy: (np.asarray(logprobs, np.float32), spans)
+        for policy, logprobs, spans in views.rows(
+            "SELECT policy, logprobs, span_tokens FROM scores"
+            " WHERE policy IN (?, ?) AND sample_id = ? AND status = 'ok'",
+            [settings.target, settings.behavior, sample_id],
+        )
+    }
+    if len(found) < 2:
+        return None
+    (target, first), (behavior, second) = found[settings.target], found[settings.behavior]
+    return log_ratios(target, behavior, agreed_spans(first, second))
 
 
 def _texts(views: Views, sample_id: str, input_ids: list[int]) -> list[str]:

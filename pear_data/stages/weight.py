@@ -13,11 +13,12 @@ from pear_data.config import WeightSettings
 from pear_data.progress import Outcome, Progress
 from pear_data.schema import FLOATS, STATUS_DROPPED, STATUS_OK, STATUS_UNSCORED, WEIGHTS
 from pear_data.stages.alignment import AlignedShard, aligned_row_groups, aligned_shards
+from pear_data.stages.spans import ALIGNED_BY_BYTES, compared_spans, spanned_policies
 from pear_data.store import Store
 from pear_data.store.columns import flat_values, list_column
 from pear_data.store.manifest import CORPUS, Shard
 from pear_data.store.shards import parquet_shard, write_group
-from pear_data.weighting import importance_weights
+from pear_data.weighting import importance_weights, log_ratios
 
 Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
@@ -37,6 +38,9 @@ def weight(store: Store, settings: WeightSettings, progress: Progress, *, overwr
     # Shards are redone below, one by one; until the last is, readers must not take the mixture for finished.
     pending = [s for s in shards if not store.is_current(key, stage.shard(s.name), s.checksums)]
     stage.complete = stage.complete and not pending
+    if spanned := spanned_policies(store.manifest, settings.target, settings.behavior):
+        stage.decisions[ALIGNED_BY_BYTES] = _approximate(settings, spanned)
+        progress.say(f"{key}: {stage.decisions[ALIGNED_BY_BYTES]}")
     progress.begin(key, sum(s.entries[target].num_scored for s in pending), "tokens")
     for shard in pending:
         entry = _weight_shard(store, key, shard, settings, progress)
@@ -58,6 +62,19 @@ def _stage_settings(store: Store, settings: WeightSettings) -> dict[str, Any]:
     return {**chosen, "inputs": {key: store.stage(key).fingerprint for key in inputs}}
 
 
+def _approximate(settings: WeightSettings, spanned: list[str]) -> str:
+    """What the spans of a foreign tokenizer change in a weighting, for people to read."""
+    inside = {
+        "token": "a weight takes an even share of its own span's log-ratio for the tokens behind it",
+        "block": "a block that would end inside a span ends with the span, so blocks can be longer than asked for",
+        "sequence": "sums over a sample are those of the whole text",
+    }
+    return (
+        f"{', '.join(spanned)} reads the text with another tokenizer: log-ratios are exact over spans on which both "
+        f"agree and spread evenly inside them, where clips apply per token; {inside[settings.level]}"
+    )
+
+
 def _weight_shard(
     store: Store, key: str, shard: AlignedShard, settings: WeightSettings, progress: Progress
 ) -> Shard:
@@ -65,8 +82,8 @@ def _weight_shard(
     target, behavior = f"scores/{settings.target}", f"scores/{settings.behavior}"
     columns = {
         CORPUS: ["label"],
-        target: ["logprobs", "num_scored", "status"],
-        behavior: ["logprobs", "status"],
+        target: ["logprobs", "span_tokens", "num_scored", "status"],
+        behavior: ["logprobs", "span_tokens", "status"],
     }
     statuses: dict[str, int] = {}
     rows = weighted = 0
@@ -99,9 +116,10 @@ def _weight_rows(
     lengths = target["num_scored"].to_numpy().astype(np.int64)
     target_logprobs = flat_values(target["logprobs"].filter(keep))
     behavior_logprobs = flat_values(behavior["logprobs"].filter(keep))
+    spans = compared_spans(target.filter(keep), behavior.filter(keep))
     negative = labels.to_numpy()[scored] < 0
-    weights = _weights(target_logprobs, behavior_logprobs, lengths[scored], negative, settings)
-    log_ratio = np.subtract(target_logprobs, behavior_logprobs, dtype=np.float64)
+    weights = _weights(target_logprobs, behavior_logprobs, lengths[scored], spans, negative, settings)
+    log_ratio = log_ratios(target_logprobs, behavior_logprobs, spans)
     summary = _summary(weights, log_ratio, lengths[scored], settings.clip_log_ratio)
 
     status = np.full(len(scored), STATUS_UNSCORED, dtype=object)
@@ -120,6 +138,7 @@ def _weights(
     target: Floats,
     behavior: Floats,
     lengths: Counts,
+    spans: Counts | None,
     negative: npt.NDArray[np.bool_],
     settings: WeightSettings,
 ) -> Floats:
@@ -131,10 +150,17 @@ def _weights(
         clip_log_ratio=settings.clip_log_ratio,
         clip_log_weight=settings.clip_log_weight,
     )
-    weights = kernel(target, behavior, lengths, level=settings.level)
+    weights = kernel(target, behavior, lengths, level=settings.level, span_lengths=spans)
     if negative.any():
         tokens = np.repeat(negative, lengths)
-        sequence = kernel(target[tokens], behavior[tokens], lengths[negative], level="sequence")
+        negative_spans = None if spans is None else spans[tokens[np.cumsum(spans) - spans]]
+        sequence = kernel(
+            target[tokens],
+            behavior[tokens],
+            lengths[negative],
+            level="sequence",
+            span_lengths=negative_spans,
+        )
         weights[tokens] = -settings.negative_scale * sequence if settings.negative_scale else 0.0
     return weights
 

@@ -160,23 +160,54 @@ def _tokens(manifest: Manifest) -> str:
         *(f"unnest({alias}.logprobs) AS {quoted(f'logprob_{name}')}" for name, alias in policies.items()),
         *(f"unnest({alias}.weights) AS {quoted(f'weight_{name}')}" for name, alias in weightings.items()),
     ]
-    target, behavior = compared_policies(manifest)
+    compared = compared_policies(manifest)
     default = default_weighting(manifest)
-    both = target in policies and behavior in policies
     columns = ["s.sample_id", "s.source", "s.position", "s.t", "s.token_id", "v.token"]
     columns += [f"s.{quoted(f'logprob_{name}')}" for name in policies]
-    # In double: both are float32, and the log-ratio is what is left of two nearly equal numbers.
-    columns.append(
-        f"s.{quoted(f'logprob_{target}')}::DOUBLE - s.{quoted(f'logprob_{behavior}')}::DOUBLE AS log_ratio"
-        if both
-        else "NULL::DOUBLE AS log_ratio"
-    )
+    spanned = [name for name in compared if name in policies and _has_spans(manifest, name)]
+    unnested += [f"unnest({_span_ends(policies[name])}) AS {quoted(f'span_end_{name}')}" for name in spanned]
+    log_ratio = _log_ratio(*compared) if set(compared) <= policies.keys() else "NULL::DOUBLE"
+    columns.append(f"{_over_spans(log_ratio) if spanned else log_ratio} AS log_ratio")
     columns.append(f"s.{quoted(f'weight_{default}')} AS weight" if default else "NULL::FLOAT AS weight")
     columns += [f"s.{quoted(f'weight_{name}')}" for name in weightings]
-    inner = _select(["c.sample_id", "c.source", *unnested], _joined(manifest)).replace("\n", "\n  ")
+    inner = _select(["c.sample_id", "c.source", *unnested], _joined(manifest))
+    if spanned:
+        inner = _select(["*", f"{_span_number(spanned)} AS span"], _from(inner, "u"))
     return _select(
-        columns, f"FROM (\n  {inner}\n) AS s\nLEFT JOIN stored.vocabulary AS v ON v.token_id = s.token_id"
+        columns, f"{_from(inner, 's')}\nLEFT JOIN stored.vocabulary AS v ON v.token_id = s.token_id"
     )
+
+
+def _log_ratio(target: str, behavior: str) -> str:
+    # In double: both are float32, and the log-ratio is what is left of two nearly equal numbers.
+    return f"s.{quoted(f'logprob_{target}')}::DOUBLE - s.{quoted(f'logprob_{behavior}')}::DOUBLE"
+
+
+def _has_spans(manifest: Manifest, policy: str) -> bool:
+    return manifest.stages[f"scores/{policy}"].settings.get("align") == "bytes"
+
+
+def _span_ends(alias: str) -> str:
+    """Whether each scored token is the last of its span."""
+    one_span = "list_concat(list_resize([]::BOOLEAN[], n - 1, false), [true])"
+    return f"flatten([{one_span} for n in {alias}.span_tokens])"
+
+
+def _span_number(policies: Iterable[str]) -> str:
+    """The spans that end before a token, where all the policies' spans end."""
+    ends = " AND ".join(quoted(f"span_end_{name}") for name in policies)
+    before = "PARTITION BY sample_id ORDER BY t ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING"
+    return f"count(*) FILTER (WHERE {ends}) OVER ({before})"
+
+
+def _over_spans(log_ratio: str) -> str:
+    """A span's log-ratio, spread evenly over its tokens."""
+    return f"avg({log_ratio}) OVER (PARTITION BY s.sample_id, s.span)"
+
+
+def _from(inner: str, alias: str) -> str:
+    indented = inner.replace("\n", "\n  ")
+    return f"FROM (\n  {indented}\n) AS {alias}"
 
 
 def _select(columns: Iterable[str], rest: str) -> str:

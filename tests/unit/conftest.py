@@ -28,6 +28,8 @@ class Sample:
     behavior: np.ndarray
     initial_status: str = "ok"
     behavior_status: str = "ok"
+    initial_spans: np.ndarray | None = None
+    behavior_spans: np.ndarray | None = None
 
 
 def make_samples(count, seed=0):
@@ -72,13 +74,26 @@ def _scores_table(samples, policy):
             list_column(
                 np.concatenate(values).astype(np.float32), np.array([len(v) for v in values]), FLOATS, ok
             ),
-            pa.nulls(len(samples), INT32S),
+            _span_column(samples, policy, ok),
             pa.array([sample.loss_mask.sum() for sample in samples], pa.int32()),
             pa.array([float(np.sum(v, dtype=np.float64)) for v in values], mask=~ok),
             pa.array(status),
         ],
         schema=SCORES,
     )
+
+
+def _span_column(samples, policy, ok):
+    spans = [getattr(sample, f"{policy}_spans") for sample in samples]
+    return pa.array(
+        [None if mine is None or not good else mine.tolist() for mine, good in zip(spans, ok, strict=True)],
+        INT32S,
+    )
+
+
+def _align(samples, policy):
+    """What a policy's settings say about its alignment."""
+    return {"align": "bytes"} if getattr(samples[0], f"{policy}_spans") is not None else {}
 
 
 def _write(store, key, name, schema, tables, inputs):
@@ -120,7 +135,8 @@ def make_store(tmp_path):
             )
             corpus = store.begin("corpus", {"made": "here"})
             for policy in ("initial", "behavior"):
-                store.begin(f"scores/{policy}", {"model": policy, "inputs": {"corpus": corpus.fingerprint}})
+                made = {"model": policy, **_align(samples, policy)}
+                store.begin(f"scores/{policy}", {**made, "inputs": {"corpus": corpus.fingerprint}})
             for number, start in enumerate(range(0, len(samples), 7)):
                 shard = samples[start : start + 7]
                 groups = [shard[at : at + 3] for at in range(0, len(shard), 3)]

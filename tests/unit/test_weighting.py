@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import pear_data.weighting as weighting
 from pear_data import importance_weights
+from pear_data.weighting import common_spans
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "reference" / "golden_weights.json").read_text())
 OPTIONS = ("block_size", "gamma", "clip_log_ratio", "clip_log_weight")
@@ -27,21 +28,34 @@ def paper_weights(
     gamma=0.999,
     clip_log_ratio=(-0.08, 0.3),
     clip_log_weight=(-10.0, 5.0),
+    spans=None,
 ):
-    """Equations 3.3 to 3.5 and 3.7, read off the page, one sample at a time."""
-    log_ratio = [
-        min(max(p - q, clip_log_ratio[0]), clip_log_ratio[1]) for p, q in zip(target, behavior, strict=True)
-    ]
+    """Equations 3.3 to 3.5 and 3.7, read off the page, one sample at a time.
+
+    With `spans` (their lengths) each token has the mean log-ratio of its span, and blocks end where spans do.
+    """
+    log_ratio = [p - q for p, q in zip(target, behavior, strict=True)]
     total = len(log_ratio)
+    span_ends = list(itertools.accumulate(spans)) if spans else list(range(1, total + 1))
+    for start, end in itertools.pairwise([0, *span_ends]):
+        log_ratio[start:end] = [math.fsum(log_ratio[start:end]) / (end - start)] * (end - start)
+    log_ratio = [min(max(ratio, clip_log_ratio[0]), clip_log_ratio[1]) for ratio in log_ratio]
     weights = []
     for t in range(1, total + 1):
         if level == "sequence":
             log_weight = math.fsum(log_ratio)
         else:
-            end = t if level == "token" else min(math.ceil(t / block_size) * block_size, total)
+            end = t if level == "token" else block_end(t, block_size, total, span_ends)
             log_weight = (total - end) * math.log(gamma) + math.fsum(log_ratio[end:])
         weights.append(math.exp(min(max(log_weight, clip_log_weight[0]), clip_log_weight[1])))
     return np.array(weights)
+
+
+def block_end(t, block_size, total, span_ends):
+    """The first k * block_size, moved on to the end of its span, that is not before token t."""
+    wanted = (min(multiple, total) for multiple in itertools.count(block_size, block_size))
+    moved = (next(end for end in span_ends if end >= multiple) for multiple in wanted)
+    return next(end for end in moved if end >= t)
 
 
 def relative_error(got, want):
@@ -73,6 +87,14 @@ def test_golden_vectors_back_to_back(level):
     assert relative_error(got, want) <= 1e-6
 
 
+def random_spans(random, length):
+    """Lengths of spans that sum to `length`."""
+    if not length:
+        return []
+    ends = np.unique(np.append(random.integers(1, length + 1, length // 2), length))
+    return np.diff(ends, prepend=0).tolist()
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 40), max_size=8),
@@ -81,8 +103,9 @@ def test_golden_vectors_back_to_back(level):
     gamma=st.floats(0.5, 1.0),
     seed=st.integers(0, 2**32 - 1),
     chunk=st.integers(1, 64),
+    spanned=st.booleans(),
 )
-def test_many_samples_equal_the_paper_one_by_one(lengths, level, block_size, gamma, seed, chunk):
+def test_many_samples_equal_the_paper_one_by_one(lengths, level, block_size, gamma, seed, chunk, spanned):
     random = np.random.default_rng(seed)
     target, behavior = -random.exponential(size=(2, sum(lengths)))
     options = {
@@ -91,17 +114,32 @@ def test_many_samples_equal_the_paper_one_by_one(lengths, level, block_size, gam
         "clip_log_ratio": (-0.5, 0.4),
         "clip_log_weight": (-3, 2),
     }
+    spans = [random_spans(random, length) if spanned else None for length in lengths]
+    flat = np.concatenate([[], *spans]).astype(int) if spanned else None
     whole, weighting.CHUNK_TOKENS = weighting.CHUNK_TOKENS, chunk
     try:
-        got = importance_weights(target, behavior, lengths, level=level, **options)
+        got = importance_weights(target, behavior, lengths, level=level, span_lengths=flat, **options)
     finally:
         weighting.CHUNK_TOKENS = whole
     ends = list(itertools.accumulate(lengths))
     want = [
-        paper_weights(target[end - length : end], behavior[end - length : end], level, **options)
-        for end, length in zip(ends, lengths, strict=True)
+        paper_weights(target[end - length : end], behavior[end - length : end], level, spans=mine, **options)
+        for end, length, mine in zip(ends, lengths, spans, strict=True)
     ]
     assert relative_error(got, np.concatenate([*want, []])) <= 1e-6
+
+
+@pytest.mark.parametrize("level", ["token", "block", "sequence"])
+def test_spans_of_one_token_change_nothing(level):
+    random = np.random.default_rng(1)
+    target, behavior = -random.exponential(size=(2, 50)).astype(np.float32)
+    plain = importance_weights(target, behavior, [20, 30], level=level)
+    ones = importance_weights(target, behavior, [20, 30], level=level, span_lengths=np.ones(50, dtype=int))
+    assert (plain == ones).all()
+
+
+def test_common_spans_end_where_both_do():
+    assert common_spans(np.array([2, 2, 1, 3, 2]), np.array([1, 3, 4, 2])).tolist() == [4, 4, 2]
 
 
 @pytest.mark.parametrize("level", ["token", "block", "sequence"])
@@ -154,6 +192,10 @@ def test_no_samples():
         ({"clip_log_ratio": (1, 0)}, "clip_log_ratio is"),
         ({"clip_log_weight": (1, 0)}, "clip_log_weight is"),
         ({"clip_log_ratio": (math.nan, 0)}, "clip_log_ratio is"),
+        ({"span_lengths": [1]}, "span_lengths .1 that sum to 1. must"),
+        ({"span_lengths": [0, 2]}, "at least 1"),
+        ({"span_lengths": [1.0, 1.0]}, "not a flat list of integers"),
+        ({"lengths": [1, 1], "span_lengths": [2]}, "every sample's length"),
     ],
 )
 def test_bad_input_is_named(changed, message):
