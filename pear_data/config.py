@@ -101,6 +101,18 @@ class ScoreSettings(Settings):
     )
     trust_remote_code: bool = Field(False, description="Run code shipped with the model.")
 
+    @model_validator(mode="after")
+    def _auditable(self) -> ScoreSettings:
+        if self.audit and self.from_field:
+            raise ValueError(
+                "audit scores again with the policy's model, which recorded log-probs do not name"
+            )
+        if self.audit and self.align == "bytes":
+            raise ValueError(
+                "audit compares token by token; with align bytes a token's log-prob is its share of a span"
+            )
+        return self
+
 
 class WeightSettings(Settings):
     """Importance weights from two policies' log-probs (method: PEAR 3.2 to 3.7)."""

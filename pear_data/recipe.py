@@ -107,6 +107,11 @@ def run_recipe(recipe: Recipe, store_folder: Path, progress: Progress) -> list[O
                 outcomes.append(ingest(store, step.ingest, progress))
             elif step.score:
                 outcomes.append(score_policy(store, step.score, progress))
+                if step.score.audit:
+                    from pear_data.stages.audit import audit_policy
+
+                    progress.say(outcomes[-1].summary)
+                    outcomes.append(audit_policy(store, step.score, progress))
             elif step.weight:
                 outcomes.append(weight(store, step.weight, progress))
             elif step.report:

@@ -50,6 +50,10 @@ def command(store: Path, corpus: tuple[str, ...], overwrite: bool, **options: An
         if corpus:
             outcomes.append(ingest(opened, _ingest_settings(opened, corpus, settings, options), progress))
         outcomes.append(score_policy(opened, settings, progress, overwrite=overwrite))
+        if settings.audit:
+            from pear_data.stages.audit import audit_policy
+
+            outcomes.append(audit_policy(opened, settings, progress))
     return finish(*outcomes)
 
 

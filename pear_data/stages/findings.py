@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pear_data.config import WeightSettings
+from pear_data.stages.noise import HALF, Audit, noise_limit, smaller_clip
 
 if TYPE_CHECKING:
     from pear_data.stages.statistics import GroupStatistics
@@ -24,7 +26,8 @@ LOW_FIRST_TO_LAST = 0.1
 HIGH_TOP_MASS = 0.5
 # Weights are 1 at a sample's end; one in a hundred above e means that they grow towards the start.
 GROWN_WEIGHT = 2.72
-# Log-probs computed in half precision are off by up to about this (nats), as much as the default lower clip.
+# Log-probs computed in half precision are off by up to about this (nats), as much as the default lower clip; an
+# audit measures it.
 HALF_PRECISION_NOISE = 0.08
 SHOWN_SOURCES = 5
 
@@ -49,6 +52,7 @@ def findings(
     sources: Sequence[GroupStatistics],
     settings: WeightSettings,
     dtypes: Mapping[str, str],
+    audits: Mapping[str, Audit | None],
 ) -> list[Finding]:
     """What looks wrong with the whole corpus, and with single sources where the whole looks right.
 
@@ -57,8 +61,9 @@ def findings(
         sources: the same by source.
         settings: how the weights were made; remedies already in use are not proposed.
         dtypes: precision each policy was scored in, by policy ("" where unknown).
+        audits: measured noise of each policy's log-probs, by policy (None where it was not audited).
     """
-    found = [*_nothing_left(corpus), *_half_precision(settings, dtypes)]
+    found = [*_nothing_left(corpus), *_noise_floor(settings, dtypes, audits)]
     for check in _CHECKS:
         finding = check(corpus, settings)
         if finding is None and len(sources) > 1:
@@ -178,18 +183,41 @@ def _top_heavy(group: GroupStatistics, settings: WeightSettings) -> Finding | No
     )
 
 
-def _half_precision(settings: WeightSettings, dtypes: Mapping[str, str]) -> Iterator[Finding]:
-    half = [policy for policy, dtype in dtypes.items() if dtype in ("bfloat16", "float16")]
-    low = abs(settings.clip_log_ratio[0])
-    if half and low <= HALF_PRECISION_NOISE:
+def _noise_floor(
+    settings: WeightSettings, dtypes: Mapping[str, str], audits: Mapping[str, Audit | None]
+) -> Iterator[Finding]:
+    """Noise of the log-ratios next to the clips: as audits measured it, or assumed of half precision."""
+    measured = {policy: audit.p99 for policy, audit in audits.items() if audit is not None}
+    half = [policy for policy, dtype in dtypes.items() if dtype in HALF]
+    assumed = [policy for policy in half if policy not in measured]
+    low, limit = abs(settings.clip_log_ratio[0]), noise_limit(settings.clip_log_ratio)
+    # Errors of two policies are independent: their squares add up.
+    noise = math.hypot(*measured.values())
+    known = ", ".join(
+        f"{policy} {measured[policy]:.2g}" if policy in measured else f"{policy} not audited"
+        for policy in audits
+    )
+    if assumed and low <= HALF_PRECISION_NOISE:
         yield Finding(
             code="noise_floor",
             value=low,
             threshold=HALF_PRECISION_NOISE,
             sources=[],
-            text=f"Log-probs of {' and '.join(half)} were computed in half precision and are off by up to about "
+            text=f"Log-probs of {' and '.join(assumed)} were computed in half precision and are off by up to about "
             f"{HALF_PRECISION_NOISE:g}, as much as the lower clip {settings.clip_log_ratio[0]:g}, so part of the "
-            f"clipping is noise. {_remedy('scoring again with --dtype float32')}",
+            f"clipping is noise{f' (measured, p99: {known})' if measured else ''}. "
+            + _remedy("scoring again with --dtype float32", "measuring it with `pear-data score --audit 16`"),
+        )
+    elif noise > limit:
+        yield Finding(
+            code="noise_floor",
+            value=noise,
+            threshold=limit,
+            sources=[],
+            text=f"The measured noise of a log-ratio is {noise:.2g} (p99: {known}), "
+            f"{_percent(noise / smaller_clip(settings.clip_log_ratio))} of the smaller log-ratio clip, so part of the "
+            "clipping is noise. "
+            + _remedy("scoring again with --dtype float32" if half else None, "wider --clip-log-ratio"),
         )
 
 

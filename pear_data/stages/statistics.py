@@ -24,6 +24,7 @@ from pear_data.errors import UsageError
 from pear_data.stages.findings import Finding, findings
 from pear_data.stages.histogram import Histogram
 from pear_data.stages.measure import EXP_BOUND, Measured, Totals, measure
+from pear_data.stages.noise import Audit, stored_audit
 from pear_data.store import Store
 
 QUANTILES = {"p1": 0.01, "p5": 0.05, "p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -97,6 +98,9 @@ class WeightingStatistics(BaseModel):
     settings: WeightSettings
     corpus: GroupStatistics
     sources: list[GroupStatistics] = Field(description="The same numbers for each source, by name.")
+    audits: dict[str, Audit | None] = Field(
+        description="Measured noise of the two policies' log-probs, by policy; null where none was measured."
+    )
     findings: list[Finding] = Field(description="What looks wrong, in words, with a remedy.")
 
 
@@ -119,16 +123,17 @@ def summarise(store: Store, measured: Measured) -> WeightingStatistics:
     """The diagnostics of a pass over a weighting."""
     corpus = _group(None, measured.whole())
     sources = [_group(source, totals) for source, totals in sorted(measured.sources.items())]
-    dtypes = {
-        policy: str(store.stage(f"scores/{policy}").settings.get("dtype", ""))
-        for policy in (measured.settings.target, measured.settings.behavior)
-    }
+    policies = (measured.settings.target, measured.settings.behavior)
+    stages = {policy: store.stage(f"scores/{policy}") for policy in policies}
+    dtypes = {policy: str(stage.settings.get("dtype", "")) for policy, stage in stages.items()}
+    audits = {policy: stored_audit(stage) for policy, stage in stages.items()}
     return WeightingStatistics(
         weights=measured.name,
         settings=measured.settings,
         corpus=corpus,
         sources=sources,
-        findings=findings(corpus, sources, measured.settings, dtypes),
+        audits=audits,
+        findings=findings(corpus, sources, measured.settings, dtypes, audits),
     )
 
 

@@ -231,6 +231,43 @@ def test_half_precision_scores_are_told_of(make_store, samples):
     assert "--dtype float32" in finding.text
 
 
+def noise(p99):
+    sizes = {"median": p99 / 3, "p99": p99, "max": 3 * p99, "mean": p99 / 2, "bias": 0.0}
+    where = {"samples": 1, "tokens": 9, "max_sample_id": "s", "max_position": 1, "reference": "r"}
+    return {"audit": {**sizes, **where, "clip_log_ratio": [-0.08, 0.3]}}
+
+
+def test_measured_noise_takes_the_place_of_what_half_precision_is_assumed_to_make(make_store, samples):
+    store = add_weights(make_store(many(samples, 60, shift=-0.01, spread=0.05)))
+    initial, behavior = (store.manifest.stages[f"scores/{name}"] for name in ("initial", "behavior"))
+    initial.settings["dtype"] = behavior.settings["dtype"] = "bfloat16"
+    assert "initial and behavior were computed in half precision" in codes(store, "block")["noise_floor"].text
+
+    initial.decisions = noise(0.003)
+    text = codes(store, "block")["noise_floor"].text
+    assert text.startswith("Log-probs of behavior were computed in half precision")
+    assert "(measured, p99: initial 0.003, behavior not audited)" in text
+
+    behavior.decisions = noise(0.004)  # sqrt(3^2 + 4^2) = 5 thousandths, a quarter of the limit
+    assert codes(store, "block") == {}
+    (found,) = statistics(store)
+    assert found.audits["behavior"].p99 == 0.004
+
+    initial.decisions = noise(0.03)
+    finding = codes(store, "block")["noise_floor"]
+    assert finding.value == pytest.approx(np.hypot(0.03, 0.004))
+    assert finding.threshold == pytest.approx(0.02)
+    assert "is 0.03 (p99: initial 0.03, behavior 0.004), 37.8 % of the smaller log-ratio clip" in finding.text
+
+    behavior.decisions, behavior.settings["dtype"] = {}, "float32"
+    finding = codes(store, "block")["noise_floor"]
+    assert finding.value == 0.03
+    assert "behavior not audited" in finding.text
+    wide = add_weights(store.path, name="wide", clip_log_ratio=(-0.5, 0.5))
+    wide.manifest.stages["scores/initial"].decisions = noise(0.03)
+    assert codes(wide, "wide") == {}
+
+
 def test_histogram_in_parts_is_the_histogram_of_all():
     random = np.random.default_rng(0)
     values = np.concatenate([-random.exponential(2, 5000), [0.0, -0.0, 1e-30, 3e38], np.full(100, 0.25)])
