@@ -115,8 +115,8 @@ class RawFormat:
         prompt = "".join(prompts)
         text = prompt + response
         check_encodable(text)
-        spans = ((len(prompt), len(text)),)
-        return [ScoredText(text, spans, hidden=hidden, ids_before=self._before, ids_behind=self._behind)]
+        spans, turns = ((len(prompt), len(text)),), ((len(roles) - 1, len(text)),)
+        return [ScoredText(text, spans, turns, "", hidden, self._before, self._behind)]
 
 
 def check_encodable(text: str) -> None:

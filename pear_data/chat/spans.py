@@ -34,6 +34,7 @@ class ScoredText:
     """A rendered sample.
 
     text, spans               what is tokenized, and the characters of it to score, in order
+    turns                     for each span the message it is of, and where the turn's stop token begins
     suffix                    what the sample's id gets appended
     hidden                    control-token text of messages that the text holds in disguise
     ids_before, ids_behind    tokens around the text; those behind are scored
@@ -41,6 +42,7 @@ class ScoredText:
 
     text: str
     spans: tuple[Span, ...]
+    turns: tuple[tuple[int, int], ...]
     suffix: str = ""
     hidden: Hidden = field(default_factory=dict)
     ids_before: tuple[int, ...] = ()
@@ -57,6 +59,7 @@ class _Turn:
     rendering: Rendering  # the conversation through it
     start: int  # where its generation prompt ends
     closing: int  # where the added tokens behind its texts begin
+    stop: int  # where its end-of-turn token begins
     end: int  # where its end-of-turn token ends
 
 
@@ -149,17 +152,20 @@ class SpanFinder:
         )
 
     def _together(self, conversation: Conversation, turns: list[_Turn], whole: Rendering) -> ScoredText:
-        text, spans = whole.text, []
+        text = whole.text
+        spans: list[Span] = []
+        of_turns: list[tuple[int, int]] = []
         for turn in turns:
             text, found = self._scored(turn, text, whole.marks)
             spans.extend(found)
+            of_turns.extend([(turn.index, turn.stop)] * len(found))
         self._check_context(conversation, text)
-        return ScoredText(text, tuple(spans))
+        return ScoredText(text, tuple(spans), tuple(of_turns))
 
     def _alone(self, conversation: Conversation, turn: _Turn, suffix: str = "") -> ScoredText:
         text, spans = self._scored(turn, turn.rendering.text, turn.rendering.marks)
         self._check_context(conversation.through(turn.index), text)
-        return ScoredText(text, tuple(spans), suffix)
+        return ScoredText(text, tuple(spans), ((turn.index, turn.stop),) * len(spans), suffix)
 
     def _scored(self, turn: _Turn, text: str, marks: tuple[Span, ...]) -> tuple[str, list[Span]]:
         """The turn's spans in `text`, which is longer afterwards where the stop token had to be added."""

@@ -110,17 +110,24 @@ class ChatTokenizer:
         outcomes: list[slice | SampleError] = []
         for conversation in conversations:
             try:
-                scored = self._format.scored_texts(conversation)
+                scored = self.scored_texts(conversation)
             except SampleError as error:
                 outcomes.append(error)
             else:
                 outcomes.append(slice(len(texts), len(texts) + len(scored)))
                 texts.extend(scored)
-        samples = self._samples(texts)
+        samples = self.tokenize(texts)
         return [o if isinstance(o, SampleError) else _all_or_error(samples[o]) for o in outcomes]
 
-    def _samples(self, texts: Sequence[ScoredText]) -> list[TokenizedSample | SampleError]:
-        """One outcome per text; texts without control-token text, nearly all, go in one batch."""
+    def scored_texts(self, conversation: Conversation) -> list[ScoredText]:
+        """The first half of `encode`: the texts of a conversation's samples, with what of them is scored.
+
+        Raises SampleError for a conversation without samples, and UsageError as `encode` does.
+        """
+        return self._format.scored_texts(conversation)
+
+    def tokenize(self, texts: Sequence[ScoredText]) -> list[TokenizedSample | SampleError]:
+        """The second half: one outcome per text. Texts without control-token text, nearly all, go in one batch."""
         plain = [text for text in texts if not text.hidden]
         batch = iter(self._encoder.encode([t.text for t in plain], [_boundaries(t) for t in plain]))
         return [self._sample(t, self._encode_hidden(t) if t.hidden else next(batch)) for t in texts]
