@@ -19,19 +19,18 @@ from pear_data.progress import Silent
 from pear_data.stages.audit import audit_policy
 from pear_data.stages.histogram import RELATIVE_ERROR
 from pear_data.stages.noise import stored_audit
+from pear_data.stages.score import score
 from pear_data.store import writable_store
 
 SAMPLES = 40
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-    """A store whose initial policy is scored by command, in three shards."""
-    folder = tmp_path_factory.mktemp("scored") / "store"
-    corpus = [str(asset("corpus")), "--limit", str(SAMPLES), "--shard-tokens", "2000"]
-    arguments = [*corpus, "--model", str(asset("initial")), "--engine", "transformers", "--dtype", "float32"]
-    assert run(["score", *arguments, "--store", str(folder)]) == 0
-    assert len(open_store(folder).stage("scores/initial").shards) == 3
+def scored(tmp_path_factory, ingested, source_of):
+    """A store whose initial policy is scored in float32, in three shards."""
+    folder = shutil.copytree(ingested, tmp_path_factory.mktemp("scored") / "store")
+    with writable_store(folder) as store:
+        score(store, ScoreSettings(model="initial"), source_of("initial"), Silent())
     return folder
 
 
@@ -175,21 +174,25 @@ def test_another_model_none_and_what_has_no_model_are_refused(folder, capsys):
     assert "share of a span" in capsys.readouterr().err
 
 
-def test_half_precision_warns_and_stats_use_what_was_measured(folder, capsys):
+def test_half_precision_warns_float32_does_not_and_stats_use_both(folder, tmp_path, capsys):
     where = ["--store", str(folder)]
     model = ["--model", str(asset("initial")), "--engine", "transformers"]
     half = ["--policy", "half", "--dtype", "bfloat16"]
     assert run(["score", *model, *half, "--audit", str(SAMPLES), *where]) == 0
     shown = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("Warning: the noise of half's log-probs") for line in shown)
-    assert any("--dtype float32" in line for line in shown)
+    (warning,) = [line for line in shown if line.startswith("Warning: the noise of half's log-probs")]
+    assert "--dtype float32" in warning
     assert any(line.startswith("audit of scores/half: 40 samples") for line in shown)
-    assert run(["score", *model, "--dtype", "float32", "--audit", "5", *where]) == 0
+
+    recipe = tmp_path / "recipe.yaml"
+    step = f"{{model: '{asset('initial')}', engine: transformers, dtype: float32, audit: 5}}"
+    recipe.write_text(f"steps:\n  - score: {step}\n  - weight: {{target: half, behavior: initial}}\n")
+    assert run(["run", str(recipe), *where]) == 0
     shown = capsys.readouterr().err
-    assert "Warning" not in shown
     assert "3 of 3 shards were there already" in shown
-    assert run(["weight", "--target", "half", "--behavior", "initial", *where]) == 0
-    capsys.readouterr()
+    assert "audit of scores/initial: 5 samples" in shown
+    assert "Warning" not in shown
+
     assert run(["stats", "--format", "json", *where]) == 0
     (numbers,) = json.loads(capsys.readouterr().out)
     noise = {policy: found["p99"] for policy, found in numbers["audits"].items()}
@@ -199,12 +202,3 @@ def test_half_precision_warns_and_stats_use_what_was_measured(folder, capsys):
     assert finding["threshold"] == pytest.approx(0.02)
     assert f"half {noise['half']:.2g}" in finding["text"]
     assert "--dtype float32" in finding["text"]
-
-
-def test_a_recipe_s_score_step_audits(folder, tmp_path, capsys):
-    recipe = tmp_path / "recipe.yaml"
-    step = f"score: {{model: '{asset('initial')}', engine: transformers, dtype: float32, audit: 4}}"
-    recipe.write_text(f"steps:\n  - {step}\n")
-    assert run(["run", str(recipe), "--store", str(folder)]) == 0
-    assert "audit of scores/initial: 4 samples" in capsys.readouterr().err
-    assert stored_audit(open_store(folder).stage("scores/initial")).samples == 4
