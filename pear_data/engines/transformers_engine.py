@@ -1,6 +1,6 @@
-"""Scoring with a transformers model: sorted batches, hidden states, the output head on the rows that need it.
+"""Scoring with a transformers model: packs of tokens, hidden states, the output head on the rows that need it.
 
-Memory is bounded by one batch's hidden states and one block of logits, whatever the corpus and the vocabulary.
+Memory is bounded by one pack's hidden states and one block of logits, whatever the corpus and the vocabulary.
 """
 
 from __future__ import annotations
@@ -28,12 +28,17 @@ from pear_data.engines.checkpoint import load_config, resolve_max_length, unload
 from pear_data.engines.dtypes import DTYPES, resolve_dtype
 from pear_data.engines.head import BlockedHead, full_logprobs
 from pear_data.engines.model_identity import model_identity
-from pear_data.engines.self_check import head_reproduces_logits, require_causal
+from pear_data.engines.packed_attention import Layout, packed
+from pear_data.engines.packing import distinct_rows, fill_packs, lay_out, shared_prefix_groups
+from pear_data.engines.self_check import head_reproduces_logits, require_causal, use_packed_attention
 from pear_data.errors import PearError, UsageError
 from pear_data.tokens import IntArray, TokenBatch
 
-FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}  # padded tokens of one forward pass
-FORWARDS_PER_BATCH = 16  # so that sorting by length leaves little padding
+FORWARD_TOKENS = {"cpu": 1024, "cuda": 16384}  # of one forward pass
+FORWARDS_PER_BATCH = 32  # so that packs fill well, and responses to one prompt meet
+_NOT_PACKED = "The model's attention cannot be packed, so samples of like length are padded to one."
+
+Floats = npt.NDArray[np.float32]
 
 
 class TransformersEngine:
@@ -47,6 +52,8 @@ class TransformersEngine:
         device: "cpu", "cuda", or "auto": CUDA where a device is visible.
         max_length: tokens of the longest sample; default all the positions the model has.
         trust_remote_code: run the code that comes with the model.
+
+    `remark` says in a sentence where the model does not allow the fast way, "" where it does.
 
     Raises PearError where the model cannot be loaded or is not a causal language model, UsageError for an option
     it cannot take.
@@ -77,9 +84,14 @@ class TransformersEngine:
             require_causal(self._model, model)
             head = BlockedHead.of(self._model)
             self._head = head if head and head_reproduces_logits(self._model, head) else None
+            self._packs = self._head is not None and use_packed_attention(self._model)
+        self.remark = "" if self._packs else _NOT_PACKED
 
     def identity(self) -> dict[str, str | int | float | bool | None]:
-        """See `Engine.identity`; `head` is "blocked", or "model" where only the model's own logits will do."""
+        """See `Engine.identity`; `head` is "blocked", or "model" where only the model's own logits will do.
+
+        `attention` is "packed", or the name of the model's own.
+        """
         return {
             "engine": self.name,
             "engine_version": transformers.__version__,
@@ -87,24 +99,27 @@ class TransformersEngine:
             **self._source,
             "dtype": self._dtype,
             "device": self._device,
-            "attention": self._model.config._attn_implementation,
+            "attention": "packed" if self._packs else self._model.config._attn_implementation,
             "head": "blocked" if self._head else "model",
         }
 
-    def score(self, batch: TokenBatch, on_tokens: OnTokens) -> npt.NDArray[np.float32]:
+    def score(self, batch: TokenBatch, on_tokens: OnTokens) -> Floats:
         """See `Engine.score`. Raises ValueError also for a token id outside the vocabulary."""
         check_lengths(batch, self.max_length)
         check_vocabulary(batch, self._vocab_size)
-        scored_offsets, needed = batch.scored_offsets, needed_tokens(batch)
-        logprobs = np.empty(scored_offsets[-1], dtype=np.float32)
-        budget = self._forward_tokens if self._head else 1
+        first, same_as = distinct_rows(batch)
+        distinct = batch.take(first)
+        needed = needed_tokens(distinct)
+        logprobs = np.empty(distinct.scored_offsets[-1], dtype=np.float32)
+        share = np.bincount(same_as) * distinct.num_tokens  # of the batch's tokens, by distinct row
         with torch.inference_mode():
-            for rows in token_budget_batches(needed, budget):
-                places = spans(scored_offsets[rows], batch.num_scored[rows])
-                logprobs[places] = self._forward(batch.take(rows), needed[rows])
-                on_tokens(int(batch.num_tokens[rows].sum()))
-        on_tokens(int(batch.num_tokens[needed == 0].sum()))
-        return logprobs
+            for rows, found in (
+                self._packed(distinct, needed) if self._packs else self._padded(distinct, needed)
+            ):
+                logprobs[spans(distinct.scored_offsets[rows], distinct.num_scored[rows])] = found
+                on_tokens(int(share[rows].sum()))
+        on_tokens(int(share[needed == 0].sum()))
+        return logprobs[spans(distinct.scored_offsets[same_as], distinct.num_scored[same_as])]
 
     def close(self) -> None:
         """See `Engine.close`; the engine scores nothing afterwards."""
@@ -112,26 +127,46 @@ class TransformersEngine:
         if self._device == "cuda":
             torch.cuda.empty_cache()
 
-    def _forward(self, batch: TokenBatch, needed: IntArray) -> npt.NDArray[np.float32]:
-        """Log-probs of the scored tokens of a few samples, from one forward pass over their needed tokens."""
-        # Padding stands on the right, where no scored row of a causal model sees it: no mask is needed.
-        padded = np.zeros((len(batch), needed[0]), dtype=np.int64)
-        inside = np.arange(needed[0]) < needed[:, None]
-        padded[inside] = batch.input_ids[spans(batch.offsets[:-1], needed)]
-        scored = np.flatnonzero(batch.loss_mask)
-        sample = np.repeat(np.arange(len(batch)), batch.num_scored)
-        predicting = sample * needed[0] + scored - batch.offsets[sample] - 1
+    def _packed(self, batch: TokenBatch, needed: IntArray) -> Iterator[tuple[IntArray, Floats]]:
+        """Rows and the log-probs of their scored tokens, a pack at a time."""
+        groups = shared_prefix_groups(batch, needed, self._forward_tokens)
+        for members in fill_packs(groups, self._forward_tokens):
+            pack = lay_out(batch, needed, members)
+            with packed(Layout.of(pack, self._device)):
+                hidden = self._model.base_model(
+                    input_ids=self._tensor(pack.input_ids[None]),
+                    position_ids=self._tensor(pack.positions[None]),
+                    use_cache=False,
+                )[0][0]
+            assert self._head is not None
+            rows, targets = self._tensor(pack.predicting), self._tensor(pack.targets)
+            yield pack.rows, self._head.logprobs(hidden[rows], targets).cpu().numpy()
 
-        ids = torch.from_numpy(padded).to(self._device)
-        rows = torch.from_numpy(predicting).to(self._device)
-        targets = torch.from_numpy(batch.input_ids[scored].astype(np.int64)).to(self._device)
-        if self._head:
-            hidden = self._model.base_model(input_ids=ids, use_cache=False)[0]
-            found = self._head.logprobs(hidden.flatten(0, 1)[rows], targets)
-        else:
-            logits = self._model(input_ids=ids, use_cache=False).logits
-            found = full_logprobs(logits.flatten(0, 1)[rows], targets)
-        return found.cpu().numpy()
+    def _padded(self, batch: TokenBatch, needed: IntArray) -> Iterator[tuple[IntArray, Floats]]:
+        """The same for models whose attention cannot be packed: samples of like length, padded on the right.
+
+        No scored row of a causal model sees that padding, so no mask is needed.
+        """
+        for rows in token_budget_batches(needed, self._forward_tokens if self._head else 1):
+            part, width = batch.take(rows), int(needed[rows[0]])
+            padded = np.zeros((len(rows), width), dtype=np.int64)
+            inside = np.arange(width) < needed[rows][:, None]
+            padded[inside] = part.input_ids[spans(part.offsets[:-1], needed[rows])]
+            scored = np.flatnonzero(part.loss_mask)
+            sample = np.repeat(np.arange(len(rows)), part.num_scored)
+            predicting = self._tensor(sample * width + scored - part.offsets[sample] - 1)
+            targets = self._tensor(part.input_ids[scored].astype(np.int64))
+            ids = self._tensor(padded)
+            if self._head:
+                hidden = self._model.base_model(input_ids=ids, use_cache=False)[0]
+                found = self._head.logprobs(hidden.flatten(0, 1)[predicting], targets)
+            else:
+                logits = self._model(input_ids=ids, use_cache=False).logits
+                found = full_logprobs(logits.flatten(0, 1)[predicting], targets)
+            yield rows, found.cpu().numpy()
+
+    def _tensor(self, values: IntArray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self._device)
 
 
 def _resolve_device(device: str) -> str:

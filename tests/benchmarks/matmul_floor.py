@@ -1,0 +1,57 @@
+"""The matrix multiplications that scoring cannot avoid, bare: the floor under every method's time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pear_data.tokens import TokenBatch
+
+ROWS = {"cpu": 1024, "cuda": 16384}
+VOCABULARY_BLOCK = {"cpu": 1024, "cuda": 16384}
+
+
+def matmul_floor(folder: str, dtype: str, device: str) -> Callable[[TokenBatch], None]:
+    """A function that multiplies what scoring a batch multiplies, on random numbers of the model's shapes.
+
+    Every linear layer on every token before the last scored one, 1,024 at a time; the head on the rows that predict
+    scored tokens; and of attention the two products, each half of a square.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config)
+    kind: Any = {"dtype": getattr(torch, dtype), "device": device}
+    body = [m.weight.shape for name, m in meta.base_model.named_modules() if isinstance(m, torch.nn.Linear)]
+    head = torch.randn(meta.get_output_embeddings().weight.shape, **kind)
+    weights = {shape: torch.randn(shape, **kind) for shape in set(body)}
+    heads, depth = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+
+    def rows(count: int, width: int) -> list[torch.Tensor]:
+        size = ROWS[device]
+        return [torch.randn(min(size, count - first), width, **kind) for first in range(0, count, size)]
+
+    def run(batch: TokenBatch) -> None:
+        needed = [int(np.flatnonzero(m)[-1]) for m in np.split(batch.loss_mask, batch.offsets[1:-1])]
+        inputs = {width: rows(sum(needed), width) for width in {shape[1] for shape in body}}
+        with torch.inference_mode():
+            for shape in body:
+                for chunk in inputs[shape[1]]:
+                    torch.mm(chunk, weights[shape].T)
+            for chunk in rows(int(batch.loss_mask.sum()), head.shape[1]):
+                for first in range(0, len(head), VOCABULARY_BLOCK[device]):
+                    torch.mm(chunk, head[first : first + VOCABULARY_BLOCK[device]].T)
+            for length in needed:
+                query = torch.randn(heads, length, depth, **kind)
+                for _ in range(config.num_hidden_layers):
+                    # Causal: half the keys stand for the half of the square that is needed.
+                    scores = torch.bmm(query, query[:, : (length + 1) // 2].mT)
+                    torch.bmm(scores, query[:, : (length + 1) // 2])
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
