@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -11,11 +12,21 @@ import numpy.typing as npt
 import torch
 
 from pear_data.engines.base import OnTokens
-from pear_data.engines.batching import check_lengths, check_vocabulary, needed_tokens
-from pear_data.engines.checkpoint import NO_LIMIT, load_config, resolve_max_length
-from pear_data.engines.dtypes import resolve_dtype
+from pear_data.engines.batching import check_lengths, check_vocabulary
+from pear_data.engines.checkpoint import load_config, resolve_max_length
 from pear_data.engines.model_identity import model_identity
-from pear_data.engines.vllm_paths import Classic, Ids, Logprobs, ScoringPath, Targets, targets_available
+from pear_data.engines.vllm_arguments import (
+    FIXED,
+    check_engine_args,
+    environment,
+    max_model_len,
+    memory_arguments,
+    model_dtype,
+    recorded,
+    with_head_dtype,
+)
+from pear_data.engines.vllm_paths import Classic, ScoringPath, choose_path
+from pear_data.engines.vllm_prefixes import Logprobs, PrefixTree, Request
 from pear_data.engines.vllm_process import VllmProcess
 from pear_data.errors import PearError, UsageError
 from pear_data.tokens import TokenBatch
@@ -30,11 +41,15 @@ class VllmEngine:
     `if __name__ == "__main__":`. On a CPU it runs in this process. VLLM_* variables that are set keep their say.
 
     Args:
-        model: a local directory or a hub name; safetensors weights only.
+        model: a local directory or a hub name; safetensors weights only, quantised ones as vLLM knows them.
         revision: a hub branch, tag or commit.
-        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU.
+        dtype: "float32", "bfloat16", "float16", or "auto": float32 on a CPU, bfloat16 on a GPU; for a quantised
+            model what vLLM takes from the checkpoint.
+        head_dtype: "model", or "float32" for an output head in float32 on top of a 16-bit model.
         max_length: tokens of the longest sample; default all the positions the model has.
         trust_remote_code: run the code that comes with the model.
+        tensor_parallel: GPUs that share one copy of the model.
+        engine_args: more arguments for `vllm.LLM`, over the ones chosen here.
         path: how log-probs are asked for, see `vllm_paths`: "targets", "classic", or "auto": targets where the
             installed vLLM runs it.
 
@@ -49,40 +64,63 @@ class VllmEngine:
         *,
         revision: str | None = None,
         dtype: str = "auto",
+        head_dtype: str = "model",
         max_length: int | None = None,
         trust_remote_code: bool = False,
+        tensor_parallel: int = 1,
+        engine_args: Mapping[str, Any] | None = None,
         path: str = "auto",
     ) -> None:
+        given = engine_args or {}
         config = load_config(model, revision, trust_remote_code)
         self.max_length = resolve_max_length(config, max_length, model)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._dtype = resolve_dtype(dtype, self._device)
-        self.batch_tokens = BATCH_TOKENS[self._device]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and tensor_parallel > torch.cuda.device_count():
+            raise UsageError(
+                f"--tensor-parallel {tensor_parallel}: {torch.cuda.device_count()} GPUs are visible"
+            )
+        self.batch_tokens = BATCH_TOKENS[device]
         self._path: ScoringPath = Classic()
+        common = {
+            "model": model,
+            "revision": revision,
+            "dtype": model_dtype(dtype, device, config, given),
+            "trust_remote_code": trust_remote_code,
+            "tensor_parallel_size": tensor_parallel,
+            "max_model_len": max_model_len(self.max_length),
+        }
 
         def arguments() -> dict[str, Any]:
-            common = _arguments(model, revision, self._dtype, self.max_length, trust_remote_code)
-            self._path = _choose_path(path, common)
-            return common | {"max_num_batched_tokens": self._path.max_num_batched_tokens}
+            check_engine_args(given)
+            chosen = FIXED | common | with_head_dtype(given, head_dtype)
+            self._path = choose_path(path, chosen)
+            return memory_arguments(self._path, config.get_text_config().vocab_size, chosen, device)
 
-        self._process = VllmProcess(model, arguments, _environment(config, self.max_length, self._device))
-        model_config = self._process.llm.llm_engine.model_config
-        self.max_length = min(self.max_length, model_config.max_model_len - 1)
-        self._vocab_size: int = model_config.get_vocab_size()
-        self._source = model_identity(model, revision) | {"trust_remote_code": trust_remote_code}
+        self._process = VllmProcess(model, arguments, environment(config, self.max_length, device, given))
+        running = self._process.llm.llm_engine.model_config
+        self.max_length = min(self.max_length, running.max_model_len - 1)
+        self._vocab_size: int = running.get_vocab_size()
+        self._identity: dict[str, str | int | float | bool | None] = {
+            **model_identity(model, revision),
+            "trust_remote_code": trust_remote_code,
+            "dtype": str(running.dtype).removeprefix("torch."),
+            "head_dtype": head_dtype,
+            "quantization": running.quantization,
+            "device": device,
+            "tensor_parallel": tensor_parallel,
+            "path": self._path.name,
+            **recorded(given),
+        }
 
     def identity(self) -> dict[str, str | int | float | bool | None]:
-        """See `Engine.identity`; `path` is "targets" or "classic"."""
+        """See `Engine.identity`; `path` is "targets" or "classic", `quantization` vLLM's name of the method."""
         import vllm
 
         return {
             "engine": self.name,
             "engine_version": vllm.__version__,
             "torch_version": version("torch"),
-            **self._source,
-            "dtype": self._dtype,
-            "device": self._device,
-            "path": self._path.name,
+            **self._identity,
         }
 
     def score(self, batch: TokenBatch, on_tokens: OnTokens) -> npt.NDArray[np.float32]:
@@ -91,99 +129,53 @@ class VllmEngine:
         """
         check_lengths(batch, self.max_length)
         check_vocabulary(batch, self._vocab_size)
-        rows = np.flatnonzero(needed_tokens(batch)).tolist()
-        found = self._request(batch, rows, read_cache=True)
-        found |= self._request(batch, [row for row in rows if not _complete(found[row])], read_cache=False)
-        logprobs = np.empty(batch.scored_offsets[-1], dtype=np.float32)
-        for row, start, end in zip(
-            rows, batch.scored_offsets[rows], batch.scored_offsets[1:][rows], strict=True
-        ):
-            answer = found[row]
-            if answer is None:
-                raise PearError(f"vLLM gave no log-probs for sample {batch.sample_ids[row]}")
-            logprobs[start:end] = answer
-        on_tokens(int(batch.offsets[-1]))
-        return logprobs
+        rows = np.flatnonzero(batch.num_scored).tolist()
+        samples, scored = [], []
+        for row in rows:
+            start, end = batch.offsets[row : row + 2]
+            scored.append(np.flatnonzero(batch.loss_mask[start:end]))
+            samples.append(batch.input_ids[start : start + scored[-1][-1] + 1])
+        tree = PrefixTree(samples, [int(at[0]) for at in scored], share=self._path.shares_rows)
+        lengths = {i: int(batch.num_tokens[rows[i]]) for i in tree.requests}
+        on_tokens(int(batch.offsets[-1]) - sum(lengths.values()))
+        answers = self._answers(tree.requests, lengths, on_tokens, [batch.sample_ids[row] for row in rows])
+        found = [values[at - at[0]] for values, at in zip(tree.logprobs(answers), scored, strict=True)]
+        return np.concatenate([np.empty(0, dtype=np.float32), *found])
 
     def close(self) -> None:
         """See `Engine.close`; the engine scores nothing afterwards."""
         self._process.stop()
 
-    def _request(self, batch: TokenBatch, rows: list[int], read_cache: bool) -> dict[int, Logprobs | None]:
-        """Log-probs of the scored tokens of the samples at `rows`, each None where vLLM gave none."""
-        asked: dict[int, tuple[Ids, npt.NDArray[np.int64]]] = {}
-        for row in rows:
-            start, end = batch.offsets[row : row + 2]
-            scored = np.flatnonzero(batch.loss_mask[start:end])
-            asked[row] = batch.input_ids[start : start + scored[-1] + 1], scored
-        prompts = [{"prompt_token_ids": ids.tolist()} for ids, _ in asked.values()]
-        parameters = [
-            self._path.parameters(ids, int(scored[0]), read_cache) for ids, scored in asked.values()
+    def _answers(
+        self, requests: dict[int, Request], lengths: dict[int, int], on_tokens: OnTokens, names: list[str]
+    ) -> dict[int, Logprobs]:
+        """The answer to each request; one that is missing or not finite is asked for again without the cache."""
+        answers: dict[int, Logprobs] = {}
+        pending = requests
+        for read_cache in (True, False):
+            for i, request, answer in self._ask(pending, read_cache):
+                if answer is not None and (not read_cache or _finite(answer, request)):
+                    answers[i] = answer
+                    on_tokens(lengths[i])
+            pending = {i: request for i, request in pending.items() if i not in answers}
+        for i in pending:
+            raise PearError(f"vLLM gave no log-probs for sample {names[i]}; try --engine transformers")
+        return answers
+
+    def _ask(
+        self, requests: dict[int, Request], read_cache: bool
+    ) -> Iterator[tuple[int, Request, Logprobs | None]]:
+        """The answers as they come, None where vLLM gave none."""
+        asked = [
+            (i, request if read_cache else replace(request, read_cache=False))
+            for i, request in requests.items()
         ]
-        outputs = self._process.generate(prompts, parameters) if asked else []
-        found: dict[int, Logprobs | None] = {}
-        for (row, (ids, scored)), output in zip(asked.items(), outputs, strict=True):
-            logprobs = self._path.logprobs(output, ids, int(scored[0]))
-            found[row] = None if logprobs is None else logprobs[scored - scored[0]]
-        return found
+        prompts = [{"prompt_token_ids": request.ids.tolist()} for _, request in asked]
+        parameters = [self._path.parameters(request) for _, request in asked]
+        for position, output in self._process.generate(prompts, parameters):
+            i, request = asked[position]
+            yield i, request, self._path.logprobs(output, request)
 
 
-def _complete(logprobs: Logprobs | None) -> bool:
-    return logprobs is not None and bool(np.isfinite(logprobs).all())
-
-
-def _choose_path(path: str, arguments: dict[str, Any]) -> ScoringPath:
-    if path not in ("auto", "targets", "classic"):
-        raise UsageError(f"path {path}: choose auto, targets or classic")
-    if path == "classic":
-        return Classic()
-    if targets_available(arguments):
-        return Targets()
-    if path == "targets":
-        raise UsageError("path targets: needs vLLM >= 0.32 with its V2 model runner; choose auto or classic")
-    return Classic()
-
-
-def _arguments(
-    model: str, revision: str | None, dtype: str, max_length: int, trust_remote_code: bool
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "revision": revision,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "load_format": "safetensors",
-        "skip_tokenizer_init": True,
-        # One more than a sample has: vLLM insists on room for a token it never has to process.
-        "max_model_len": None if max_length == NO_LIMIT else max_length + 1,
-        # Prompts only: graphs and compilation pay for decoding.
-        "enforce_eager": True,
-        "enable_prefix_caching": True,
-        "use_tqdm_on_load": False,
-    }
-
-
-def _environment(config: Any, max_length: int, device: str) -> dict[str, str]:
-    variables = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for the one more; `resolve_max_length` holds the real limit
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit threads and locks of this process
-    }
-    if device == "cpu":
-        variables |= {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_CPU_KVCACHE_SPACE": str(_kv_cache_gib(config, max_length)),
-        }
-    return variables
-
-
-def _kv_cache_gib(config: Any, max_length: int) -> int:
-    """GiB that hold the keys and values of one longest sample in float32, at least 1."""
-    text = config.get_text_config()
-    head_dim: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads: int = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    longest = 0 if max_length == NO_LIMIT else max_length
-    needed: int = 8 * text.num_hidden_layers * heads * head_dim * longest
-    return max(1, math.ceil(needed * 1.1 / 2**30))
+def _finite(answer: Logprobs, request: Request) -> bool:
+    return bool(np.isfinite(answer[request.targets >= 0]).all())

@@ -19,7 +19,16 @@ from pear_data.errors import PearError
 
 _INVALID = re.compile(r"Value error, (.+?)(?: \[type=.*)?$", re.MULTILINE)  # how pydantic words a refusal
 _RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): (.+)")  # the last line of a logged traceback
-_CHILD_FAILED = "Engine core initialization failed"
+_SEE_LOG = ("Engine core initialization failed", "EngineCore encountered an issue")  # the child logged why
+_MEMORY = (
+    "--max-length N lowers max_model_len, --tensor-parallel N spreads the model over GPUs, "
+    "--engine-arg gpu_memory_utilization=F sets the share of memory used"
+)
+_ADVICE = (
+    (re.compile("max_model_len|KV cache|cache blocks|memory", re.IGNORECASE), _MEMORY),
+    (re.compile("head_dtype"), "--head-dtype model runs the head as it is"),
+    (re.compile("dtype"), "--dtype sets it"),
+)
 
 
 class VllmProcess:
@@ -50,11 +59,18 @@ class VllmProcess:
             undo.callback(self._stop)
             self._undo = undo.pop_all()
 
-    def generate(self, prompts: list[Any], parameters: list[Any]) -> list[Any]:
-        """`LLM.generate`: one `RequestOutput` per prompt, in order. Raises PearError where the engine dies."""
+    def generate(self, prompts: list[Any], parameters: list[Any]) -> Iterator[tuple[int, Any]]:
+        """Each prompt's index and `RequestOutput` as it is finished. Raises PearError where the engine dies."""
         with self._failures("stopped scoring with"):
-            found: list[Any] = self.llm.generate(prompts, parameters, use_tqdm=False)
-        return found
+            engine = self.llm.llm_engine
+            identifiers = self.llm.enqueue(prompts, parameters, use_tqdm=False)
+            # vLLM adds a random suffix to the ids it hands out, and answers without it.
+            index = {identifier.partition("-")[0]: i for i, identifier in enumerate(identifiers)}
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    # One that is unknown was left by a call that did not come to its end.
+                    if output.finished and output.request_id in index:
+                        yield index[output.request_id], output
 
     def stop(self) -> None:
         """End the engine, and its process where it has one of its own."""
@@ -78,12 +94,12 @@ class VllmProcess:
             raise
         except Exception as error:
             reason = self._reason(error)
-            advice = " (--max-length sets max_model_len)" if "max_model_len" in reason else ""
+            advice = next((f" ({text})" for pattern, text in _ADVICE if pattern.search(reason)), "")
             raise PearError(f"vLLM {what} {self._model}: {reason}{advice}") from error
 
     def _reason(self, error: Exception) -> str:
         text = str(error).strip() or type(error).__name__
-        if text.startswith(_CHILD_FAILED):
+        if text.startswith(_SEE_LOG):
             self._log.seek(0)
             logged = _RAISED.findall(self._log.read().decode(errors="replace"))
             return str(logged[-1]).strip() if logged else text

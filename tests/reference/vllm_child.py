@@ -1,12 +1,14 @@
 """Scores batches with VllmEngine in a process of its own: vLLM must find its environment set before it is imported.
 
-    python vllm_child.py targets JOB.json      the V2 model runner on a CPU, through Triton's interpreter
-    python vllm_child.py classic JOB.json      vLLM as a user on a CPU meets it
-    python vllm_child.py spawned JOB.json      the same with the engine in a process of its own, as on a GPU
+    python vllm_child.py targets JOBS.json      the V2 model runner on a CPU, through Triton's interpreter
+    python vllm_child.py classic JOBS.json      vLLM as a user on a CPU meets it
+    python vllm_child.py spawned JOBS.json      the same with the engine in a process of its own, as on a GPU
 
-JOB.json is a list of {"model": directory, "batch": .npz of a TokenBatch, "result": .npz to write}. The result holds
-`logprobs`, `again` (the last samples' log-probs in a second call, when vLLM's prefix cache knows them) and the
-engine's `identity` as JSON.
+JOBS.json is a list of {"model": directory, "options": of the engine, "batches": {name: .npz of a TokenBatch},
+"result": .npz to write}. The result holds each batch's log-probs under its name, `again` (the last samples of the
+last batch in a second call, when vLLM's prefix cache knows them), `cached` (tokens each of the requests found in the
+cache, in order), `steps` (how often progress was told) and the engine's `identity` as JSON; or, where the engine does
+not start, the reason as `error`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,29 +53,49 @@ def use_v2_runner_on_cpu() -> None:
 
 def run(job: dict[str, Any], path: str) -> None:
     from pear_data.engines.vllm_engine import VllmEngine
+    from pear_data.errors import PearError
     from pear_data.tokens import TokenBatch
 
-    stored = np.load(job["batch"])
-    batch = TokenBatch(
-        stored["sample_ids"].tolist(), stored["input_ids"], stored["loss_mask"], stored["offsets"]
-    )
-    engine = VllmEngine(job["model"], path=path)
-    done: list[int] = []
-    logprobs = engine.score(batch, done.append)
-    assert sum(done) == len(batch.input_ids)
+    try:
+        engine = VllmEngine(job["model"], path=path, **job["options"])
+    except PearError as error:
+        np.savez(job["result"], error=str(error))
+        return
+    cached: list[int] = []
+    _watch(engine, cached)
+    found: dict[str, Any] = {}
+    for name, file in job["batches"].items():
+        stored = np.load(file)
+        batch = TokenBatch(
+            stored["sample_ids"].tolist(), stored["input_ids"], stored["loss_mask"], stored["offsets"]
+        )
+        done: list[int] = []
+        found[name] = engine.score(batch, done.append)
+        assert sum(done) == len(batch.input_ids)
+        found |= {f"{name}-cached": cached.copy(), f"{name}-steps": len(done)}
+        cached.clear()
     last = batch.take(range(len(batch) - 3, len(batch)))
-    again = engine.score(last, done.append)
-    np.savez(job["result"], logprobs=logprobs, again=again, identity=json.dumps(engine.identity()))
+    found["again"] = engine.score(last, done.append)
+    np.savez(job["result"], **found, identity=json.dumps(engine.identity()))
     engine.close()
+
+
+def _watch(engine: Any, cached: list[int]) -> None:
+    """Note what vLLM says it found in its prefix cache for each request."""
+    generate = engine._process.generate
+
+    def watched(prompts: Any, parameters: Any) -> Iterator[tuple[int, Any]]:
+        for index, output in generate(prompts, parameters):
+            cached.append(output.num_cached_tokens)
+            yield index, output
+
+    engine._process.generate = watched
 
 
 if __name__ == "__main__":
     mode = sys.argv[1]
     if mode == "targets":
         use_v2_runner_on_cpu()
-        from pear_data.engines.vllm_paths import Targets
-
-        Targets.max_num_batched_tokens = 256  # so that long samples are prefilled in chunks
     if mode == "spawned":
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     for each in json.loads(Path(sys.argv[2]).read_text()):

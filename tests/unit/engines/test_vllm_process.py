@@ -37,8 +37,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], 
             seen.cleanups += 1
 
         def construct(**arguments: Any) -> Any:
-            engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=shutdown))
-            return SimpleNamespace(llm_engine=engine, generate=llm(**arguments))
+            engine = llm(**arguments) or SimpleNamespace()
+            engine.engine_core = SimpleNamespace(shutdown=shutdown)
+            return SimpleNamespace(llm_engine=engine, enqueue=getattr(engine, "enqueue", None))
 
         distributed = SimpleNamespace(cleanup_dist_env_and_memory=cleanup)
         monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=construct, envs=in_process))
@@ -100,8 +101,10 @@ def test_its_output_is_shown_when_asked_for(
         ("Engine core initialization failed. See root cause above.", "Free memory on device cuda:0 is less"),
         (
             "Try decreasing `max_model_len`.",
-            r"Try decreasing `max_model_len`. \(--max-length sets max_model_len\)",
+            r"Try decreasing `max_model_len`. \(--max-length N lowers max_model_len, --tensor-parallel N spreads",
         ),
+        ("A head_dtype different from the model dtype", r".* \(--head-dtype model runs the head as it is\)"),
+        ("float32 is no dtype for method gptq.", r".* \(--dtype sets it\)"),
         ("", "RuntimeError"),
     ],
 )
@@ -120,14 +123,38 @@ def test_a_failed_start_is_one_line_and_leaves_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_engine_that_dies_is_one_line(stand_in: Callable[..., Any]) -> None:
-    def generate(prompts: list[Any], parameters: list[Any], use_tqdm: bool) -> list[Any]:
-        raise RuntimeError("EngineCore encountered an issue.")
+class Engine:
+    """Finishes the last request first, after an answer to one of an earlier call; then its child logs why and dies."""
 
-    stand_in(lambda model: generate)
+    def __init__(self) -> None:
+        self.waiting = ["9"]
+        self.childs_stderr = os.dup(2)
+
+    def enqueue(self, prompts: list[Any], parameters: list[Any], use_tqdm: bool) -> list[str]:
+        self.waiting += [str(10 + i) for i in range(len(prompts))]
+        return [f"{10 + i}-a1b2c3d4" for i in range(len(prompts))]
+
+    def has_unfinished_requests(self) -> bool:
+        return True
+
+    def step(self) -> list[Any]:
+        if not self.waiting:
+            os.write(self.childs_stderr, LOGGED)
+            os.close(self.childs_stderr)
+            raise RuntimeError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+        running = SimpleNamespace(finished=False, request_id=self.waiting[-1])
+        identifier = self.waiting.pop(0 if "9" in self.waiting else -1)
+        return [running, SimpleNamespace(finished=True, request_id=identifier)]
+
+
+def test_requests_are_told_apart_and_an_engine_that_dies_is_one_line(stand_in: Callable[..., Any]) -> None:
+    stand_in(lambda model: Engine())
     process = start()
-    with pytest.raises(
-        PearError, match="vLLM stopped scoring with team/tiny: EngineCore encountered an issue"
-    ):
-        process.generate([], [])
+    answers = process.generate(["a", "b"], [None, None])
+    assert [(index, output.request_id) for index, output in (next(answers), next(answers))] == [
+        (1, "11"),
+        (0, "10"),
+    ]
+    with pytest.raises(PearError, match="vLLM stopped scoring with team/tiny: Free memory on device"):
+        next(answers)
     process.stop()
