@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +27,7 @@ class Progress(Protocol):
         ...
 
     def advance(self, count: int) -> None:
-        """`count` more units are done."""
+        """`count` more units are done; fewer where it is negative, because work was lost."""
         ...
 
     def shard(self, name: str, note: str) -> None:
@@ -50,3 +51,31 @@ class Silent:
     def shard(self, name: str, note: str) -> None: ...
 
     def end(self) -> None: ...
+
+
+class OneAtATime:
+    """Passes on what several threads report, one call after the other."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            self._progress.say(line)
+
+    def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
+        with self._lock:
+            self._progress.begin(title, total, unit, done=done)
+
+    def advance(self, count: int) -> None:
+        with self._lock:
+            self._progress.advance(count)
+
+    def shard(self, name: str, note: str) -> None:
+        with self._lock:
+            self._progress.shard(name, note)
+
+    def end(self) -> None:
+        with self._lock:
+            self._progress.end()

@@ -2,29 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
+
+import yaml
 
 from pear_data.engines.base import Engine
 from pear_data.errors import UsageError
 
 
-def open_engine(name: str, model: str, **options: Any) -> tuple[Engine, str]:
-    """An engine with `model` loaded, and one sentence saying which and why.
+def open_engine(
+    name: str,
+    model: str,
+    *,
+    head_dtype: str = "model",
+    tensor_parallel: int = 1,
+    engine_args: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Engine, str]:
+    """An engine with `model` loaded, and a sentence or two saying which, why, and what is slow about it.
 
     `name` is "auto", "transformers" or "vllm"; `options` go to the engine (`revision`, `dtype`, `max_length`,
-    `trust_remote_code`).
+    `trust_remote_code`), what stands before them to vLLM alone. transformers' head is float32 in any case.
 
-    Raises UsageError where vLLM is asked for and not installed, PearError where the model cannot be loaded.
+    Raises UsageError where vLLM is asked for and not installed, or has an option that is only vLLM's and does not
+    score; PearError where the model cannot be loaded.
     """
     chosen, reason = choose_engine(name)
     if chosen == "vllm":
         from pear_data.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(model, **options), reason
+        vllm = VllmEngine(
+            model,
+            head_dtype=head_dtype,
+            tensor_parallel=tensor_parallel,
+            engine_args=engine_args or {},
+            **options,
+        )
+        return vllm, reason
+    for flag, given in (("--tensor-parallel", tensor_parallel > 1), ("--engine-arg", bool(engine_args))):
+        if given:
+            raise UsageError(f"{flag} is vLLM's alone, and: {reason} Leave it out, or give --engine vllm")
     from pear_data.engines.transformers_engine import TransformersEngine
 
-    return TransformersEngine(model, **options), reason
+    engine = TransformersEngine(model, **options)
+    return engine, f"{reason} {engine.remark}".strip()
+
+
+def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
+    """`--engine-arg KEY=VALUE`s as keyword arguments, each value read as YAML.
+
+    Raises UsageError for one without '=', with an unreadable value, or with a key given before.
+    """
+    found: dict[str, Any] = {}
+    for argument in given:
+        key, equals, text = argument.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key.isidentifier():
+            raise UsageError(f"--engine-arg {argument}: give KEY=VALUE, such as gpu_memory_utilization=0.8")
+        if key in found:
+            raise UsageError(f"--engine-arg {argument}: {key} is given twice")
+        try:
+            found[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UsageError(f"--engine-arg {argument}: the value is no YAML; put it in quotes") from None
+    return found
 
 
 def choose_engine(name: str) -> tuple[str, str]:

@@ -1,23 +1,18 @@
-"""Log-probs of a corpus's scored tokens under one policy, one file per shard."""
+"""Log-probs of a corpus's scored tokens under one policy, one file per shard, as many shards at once as workers."""
 
 from __future__ import annotations
 
 from collections import Counter
-
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from pear_data.config import ScoreSettings
-from pear_data.corpus.batches import token_batches
-from pear_data.progress import Outcome, Progress
-from pear_data.schema import FLOATS, INT32S, SCORES, STATUS_OK
-from pear_data.stages.sources import GroupScores, PolicySource, Spans, open_source
+from pear_data.progress import OneAtATime, Outcome, Progress
+from pear_data.schema import STATUS_OK
+from pear_data.stages.score_shard import Failure, score_shard
+from pear_data.stages.sources import SHOWN_REASONS, PolicySource, open_source
 from pear_data.store import Store
-from pear_data.store.columns import list_column
 from pear_data.store.manifest import CORPUS, Shard
-from pear_data.store.shards import parquet_shard, write_group
-from pear_data.tokens import TokenBatch
 
 
 def score(
@@ -28,12 +23,13 @@ def score(
     *,
     overwrite: bool = False,
 ) -> Outcome:
-    """Score every shard that lacks this policy's log-probs.
+    """Score every shard that lacks this policy's log-probs. After an error `source` is closed.
 
     Raises:
         UsageError: the corpus is not ingested completely.
         MismatchError: the policy was scored with other settings, or would be given other token ids than the
             corpus holds.
+        PearError: the source fails, or the disk refuses.
     """
     corpus = store.complete_stage(CORPUS)
     key = f"scores/{settings.policy}"
@@ -46,12 +42,10 @@ def score(
     ]
     stage.complete = stage.complete and not pending
     total = sum(shard.num_tokens for shard in corpus.shards)
+    progress = OneAtATime(progress)
     progress.begin(key, total, "tokens", done=total - sum(shard.num_tokens for shard in pending))
     try:
-        for shard in pending:
-            entry = _score_shard(store, key, shard, source, progress)
-            store.commit(key, entry)
-            progress.shard(shard.name, f"{entry.rows} samples, {entry.num_scored} scored tokens")
+        _score_shards(store, key, pending, source, progress)
     finally:
         progress.end()
     stage.complete = True
@@ -69,55 +63,35 @@ def score_policy(
         UsageError, MismatchError: as `open_source` and `score`.
     """
     store.complete_stage(CORPUS)
+    progress = OneAtATime(progress)
     with open_source(store, settings, progress) as source:
         return score(store, settings, source, progress, overwrite=overwrite)
 
 
-def _score_shard(store: Store, key: str, shard: Shard, source: PolicySource, progress: Progress) -> Shard:
-    final = store.path / key / f"{shard.name}.parquet"
-    statuses: Counter[str] = Counter()
-    scored = 0
-    records = store.row_groups(shard, ["sample_id", *source.corpus_columns])
-    with parquet_shard(final, SCORES) as writer:
-        for batch, record in zip(token_batches(store, shard), records, strict=True):
-            source.check_batch(batch)
-            scores = source.score_group(batch, record, progress.advance)
-            write_group(writer, _score_rows(batch, scores))
-            statuses.update(scores.status.tolist())
-            scored += int(batch.num_scored[scores.status == STATUS_OK].sum())
-    return Shard(
-        name=shard.name,
-        file=store.entry_of(final),
-        rows=shard.rows,
-        num_tokens=scored,
-        num_scored=scored,
-        counts=dict(statuses),
-        inputs={CORPUS: shard.file.sha256},
-    )
+def _score_shards(
+    store: Store, key: str, pending: Sequence[Shard], source: PolicySource, progress: Progress
+) -> None:
+    """Each worker's thread reads and writes shards of its own; only this thread enters them in the manifest."""
+    with ThreadPoolExecutor(source.workers) as threads:
+        scoring = [threads.submit(score_shard, store, key, shard, source, progress) for shard in pending]
+        try:
+            for scored in as_completed(scoring):
+                entry, failures = scored.result()
+                store.commit(key, entry)
+                progress.shard(entry.name, f"{entry.rows} samples, {entry.num_scored} scored tokens")
+                _say_failures(entry, failures, progress)
+        except BaseException:
+            # Or the threads would score on to the end of their shards.
+            source.close()
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _score_rows(batch: TokenBatch, scores: GroupScores) -> pa.Table:
-    """One row group; rows whose status is not ok have null log-probs, spans and sum."""
-    ok = scores.status == STATUS_OK
-    lengths = batch.num_scored
-    starts = batch.scored_offsets[:-1]
-    kept = np.repeat(ok, lengths)
-    sums = np.add.reduceat(np.where(kept, scores.logprobs, 0.0), starts, dtype=np.float64)
-    columns = [
-        pa.array(batch.sample_ids, type=pa.string()),
-        list_column(scores.logprobs[kept], np.where(ok, lengths, 0), FLOATS, ok),
-        _span_column(scores.spans, ok),
-        pa.array(lengths, type=pa.int32()),
-        pa.array(sums, mask=~ok),
-        pa.array(scores.status, type=pa.string()),
-    ]
-    return pa.table(columns, schema=SCORES)
-
-
-def _span_column(spans: Spans | None, ok: npt.NDArray[np.bool_]) -> pa.Array:
-    if spans is None:
-        return pa.nulls(len(ok), INT32S)
-    return list_column(spans.tokens[np.repeat(ok, spans.per_row)], np.where(ok, spans.per_row, 0), INT32S, ok)
+def _say_failures(entry: Shard, failures: Sequence[Failure], progress: Progress) -> None:
+    for failure in failures[:SHOWN_REASONS]:
+        progress.say(f"{failure.sample_id} cannot be scored and is quarantined: {failure.reason}")
+    if len(failures) > SHOWN_REASONS:
+        progress.say(f"{len(failures) - SHOWN_REASONS} more samples of {entry.name} are quarantined")
 
 
 def _outcome(store: Store, key: str, resumed: int) -> Outcome:

@@ -13,12 +13,19 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pear_data.config import ScoreSettings
-from pear_data.engines.base import Engine, OnTokens
-from pear_data.engines.selection import open_engine
-from pear_data.errors import PearError, SampleError, UsageError
+from pear_data.engines.base import OnTokens
+from pear_data.errors import SampleError, UsageError
 from pear_data.progress import Progress
 from pear_data.resources import resolve
-from pear_data.schema import STATUS_BAD_FIELD, STATUS_NONFINITE, STATUS_OK, STATUS_TOO_LONG
+from pear_data.runners.base import Scorer
+from pear_data.runners.opening import open_scorer
+from pear_data.schema import (
+    STATUS_BAD_FIELD,
+    STATUS_FAILED,
+    STATUS_NONFINITE,
+    STATUS_OK,
+    STATUS_TOO_LONG,
+)
 from pear_data.stages.same_ids import same_ids_check
 from pear_data.store import Store
 from pear_data.tokens import TokenBatch
@@ -51,44 +58,46 @@ class PolicySource:
     """Where one policy's log-probs come from.
 
     `settings` determine them. `score_group(batch, records, on_tokens)` scores a row group, `records` holding its
-    `corpus_columns`; `check_batch` refuses a batch this source cannot score.
+    `corpus_columns`, for as many threads at once as there are `workers`. `check_batch` refuses a batch this source
+    cannot score. `close` ends what scores, for good; calls under way raise.
     """
 
     settings: dict[str, Any]
     score_group: Callable[[TokenBatch, pa.Table, OnTokens], GroupScores]
     corpus_columns: tuple[str, ...] = ()
     check_batch: Callable[[TokenBatch], None] = lambda batch: None
+    workers: int = 1
+    close: Callable[[], None] = lambda: None
 
 
-def engine_source(engine: Engine, max_length: int | None) -> PolicySource:
+def engine_source(scorer: Scorer, max_length: int | None) -> PolicySource:
     """Log-probs computed by an engine; rows longer than `max_length` or the engine allows are too_long."""
-    longest = min(max_length or engine.max_length, engine.max_length)
+    longest = min(max_length or scorer.max_length, scorer.max_length)
 
     def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> GroupScores:
         status = np.full(len(batch), STATUS_OK, dtype=object)
+        reasons: dict[int, str] = {}
         fits = batch.num_tokens <= longest
         status[~fits] = STATUS_TOO_LONG
         on_tokens(int(batch.num_tokens[~fits].sum()))
         logprobs = np.zeros(int(batch.loss_mask.sum()), dtype=np.float32)
         scored_offsets = batch.scored_offsets
-        for rows in _calls(batch, np.flatnonzero(fits), engine.batch_tokens):
+        for rows in _calls(batch, np.flatnonzero(fits), scorer.batch_tokens):
             part = batch.take(rows)
-            values = engine.score(part, on_tokens)
+            scored = scorer.score(part, on_tokens)
             lengths = part.num_scored
-            if len(values) != lengths.sum():
-                raise PearError(
-                    f"{engine.name} gave {len(values)} log-probs for {lengths.sum()} scored tokens from sample "
-                    f"{part.sample_ids[0]} on: nothing of this shard is kept; try --engine transformers"
-                )
             into = np.repeat(scored_offsets[rows] - part.scored_offsets[:-1], lengths) + np.arange(
-                len(values)
+                lengths.sum()
             )
-            logprobs[into] = values
-            finite = np.logical_and.reduceat(np.isfinite(values), part.scored_offsets[:-1])
+            logprobs[into] = scored.logprobs
+            finite = np.logical_and.reduceat(np.isfinite(scored.logprobs), part.scored_offsets[:-1])
             status[rows[~finite]] = STATUS_NONFINITE
-        return GroupScores(logprobs, status)
+            failed = {int(rows[row]): reason for row, reason in scored.failures.items()}
+            status[list(failed)] = STATUS_FAILED
+            reasons |= failed
+        return GroupScores(logprobs, status, reasons=reasons)
 
-    return PolicySource({**engine.identity(), "max_length": longest}, score_group)
+    return PolicySource({**scorer.identity(), "max_length": longest}, score_group)
 
 
 def _calls(batch: TokenBatch, rows: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:
@@ -150,11 +159,12 @@ def _recorded(row: dict[str, Any], field: str, length: int) -> Floats:
 
 @contextlib.contextmanager
 def open_source(store: Store, settings: ScoreSettings, progress: Progress) -> Iterator[PolicySource]:
-    """The source that `settings` ask for; its engine is closed at the end.
+    """The source that `settings` ask for; its engines are closed at the end.
 
     Raises:
         UsageError: neither a model nor a field is given, or both are.
         MismatchError: the model's tokenizer gives other ids than the corpus holds.
+        PearError: the model cannot be loaded.
     """
     if (settings.model is None) == (settings.from_field is None):
         raise UsageError("give either --model M, or --from-field F for log-probs recorded at generation time")
@@ -162,18 +172,9 @@ def open_source(store: Store, settings: ScoreSettings, progress: Progress) -> It
         yield recorded_source(settings.from_field, progress)
         return
     assert settings.model is not None
-    check = same_ids_check(store, resolve(settings.model), settings.revision, settings.trust_remote_code)
-    engine, reason = open_engine(
-        settings.engine,
-        resolve(settings.model),
-        revision=settings.revision,
-        dtype=settings.dtype,
-        max_length=settings.max_length,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    progress.say(reason)
-    try:
-        source = engine_source(engine, settings.max_length)
-        yield replace(source, check_batch=check)
-    finally:
-        engine.close()
+    with open_scorer(settings, progress.say) as scorer:
+        # The engines load their model meanwhile.
+        check = same_ids_check(store, resolve(settings.model), settings.revision, settings.trust_remote_code)
+        progress.say(scorer.ready().sentence)
+        source = engine_source(scorer, settings.max_length)
+        yield replace(source, check_batch=check, workers=scorer.workers, close=scorer.close)

@@ -169,6 +169,8 @@ class Store:
         """Whether a shard is committed, whole, and made from these inputs."""
         if shard is None or shard.inputs != inputs or self.fault_of(shard.file):
             return False
+        if shard.quarantine is not None and self.fault_of(shard.quarantine):
+            return False
         self._checked.add((shard.file.path, shard.file.sha256))
         return True
 

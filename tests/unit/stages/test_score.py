@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import pear_data.store.commit as commit
@@ -10,20 +14,26 @@ from pear_data import open_store
 from pear_data.config import ScoreSettings
 from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.progress import Silent
+from pear_data.runners.base import Scored
 from pear_data.stages.score import score
 from pear_data.stages.sources import engine_source
+from pear_data.stages.verify import verify
 from pear_data.store import writable_store
 
 
-class FaultyEngine:
-    """Log-prob of a token is -(id + position in sample / 100); `spoil` maps a sample id to what it gives instead."""
+class FaultyScorer:
+    """Log-prob of a token is -(id + position in sample / 100); `spoil` maps a sample id to what it gives instead.
+
+    It stops on sample `fail_on`, and cannot score those of `failures`, for the reasons given there.
+    """
 
     name = "faulty"
     batch_tokens = 64
     max_length = 30
 
-    def __init__(self, spoil=None, fail_on=None, model="m"):
+    def __init__(self, spoil=None, fail_on=None, model="m", failures=None):
         self.spoil, self.fail_on, self.model = spoil or {}, fail_on, model
+        self.failures = failures or {}
         self.scored = []
 
     def identity(self):
@@ -41,7 +51,12 @@ class FaultyEngine:
             if sample_id in self.spoil:
                 values[batch.scored_offsets[row]] = self.spoil[sample_id]
         on_tokens(int(batch.num_tokens.sum()))
-        return values
+        failed = {
+            row: self.failures[sample_id]
+            for row, sample_id in enumerate(batch.sample_ids)
+            if sample_id in self.failures
+        }
+        return Scored(values, failed)
 
     def close(self): ...
 
@@ -66,8 +81,8 @@ def expected(sample):
 
 
 def test_each_value_lands_at_its_token_whatever_the_calls(folder, samples):
-    outcome = run(folder, FaultyEngine())
-    too_long = [len(sample.input_ids) > FaultyEngine.max_length for sample in samples]
+    outcome = run(folder, FaultyScorer())
+    too_long = [len(sample.input_ids) > FaultyScorer.max_length for sample in samples]
     assert 0 < sum(too_long) < len(samples)
     assert outcome.rejected == sum(too_long)
     for row, sample, over in zip(rows(folder), samples, too_long, strict=True):
@@ -83,14 +98,14 @@ def test_each_value_lands_at_its_token_whatever_the_calls(folder, samples):
 def test_over_long_at_the_limit_exactly(folder, samples):
     lengths = sorted({len(sample.input_ids) for sample in samples if len(sample.input_ids) <= 30})
     limit = lengths[len(lengths) // 2]
-    run(folder, FaultyEngine(), max_length=limit)
+    run(folder, FaultyScorer(), max_length=limit)
     for row, sample in zip(rows(folder), samples, strict=True):
         assert row["status"] == ("ok" if len(sample.input_ids) <= limit else "too_long")
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
 def test_nonfinite_values_are_null_with_a_status(folder, samples, value):
-    run(folder, FaultyEngine({"s1": value, "s4": value}))
+    run(folder, FaultyScorer({"s1": value, "s4": value}))
     for row, sample in zip(rows(folder), samples, strict=True):
         if sample.sample_id in ("s1", "s4"):
             assert row["status"] == "nonfinite"
@@ -100,26 +115,26 @@ def test_nonfinite_values_are_null_with_a_status(folder, samples, value):
 
 
 def test_an_engine_that_dies_loses_only_its_shard(folder):
-    first = FaultyEngine(fail_on="s15")
+    first = FaultyScorer(fail_on="s15")
     with pytest.raises(RuntimeError, match="the engine died"):
         run(folder, first)
     store = open_store(folder)
     assert [shard.name for shard in store.stage("scores/new").shards] == ["part-00000", "part-00001"]
     with pytest.raises(UsageError, match="not finished"):
         store.complete_stage("scores/new")
-    second = FaultyEngine()
+    second = FaultyScorer()
     run(folder, second)
     assert not {f"s{index}" for index in range(14)} & set(second.scored)
     whole = rows(folder)
     with writable_store(folder) as store:
         del store.manifest.stages["scores/new"]
         store.save()
-    run(folder, FaultyEngine())
+    run(folder, FaultyScorer())
     assert rows(folder) == whole
 
 
 def test_every_failing_write_is_survived(folder, monkeypatch):
-    run(folder, FaultyEngine())
+    run(folder, FaultyScorer())
     whole = rows(folder)
     with writable_store(folder) as store:
         del store.manifest.stages["scores/new"]
@@ -135,7 +150,7 @@ def test_every_failing_write_is_survived(folder, monkeypatch):
 
         monkeypatch.setattr(commit, "on_write", fail_at_the_nth)
         try:
-            run(folder, FaultyEngine())
+            run(folder, FaultyScorer())
             break
         except PearError:
             pass
@@ -147,15 +162,103 @@ def test_every_failing_write_is_survived(folder, monkeypatch):
 
 
 def test_another_model_under_the_same_name_is_refused(folder):
-    run(folder, FaultyEngine())
+    run(folder, FaultyScorer())
     with pytest.raises(MismatchError, match='model: was "m", now "other"'):
-        run(folder, FaultyEngine(model="other"))
+        run(folder, FaultyScorer(model="other"))
 
 
-def test_wrong_number_of_values_is_never_stored(folder):
-    engine = FaultyEngine()
-    good = engine.score
-    engine.score = lambda batch, on_tokens: good(batch, on_tokens)[:-1]
-    with pytest.raises(PearError, match="log-probs for"):
-        run(folder, engine)
-    assert not open_store(folder).stage("scores/new").shards
+class Recorder(Silent):
+    """Keeps what was said, and how many tokens were counted."""
+
+    def __init__(self):
+        self.said, self.tokens = [], 0
+
+    def say(self, line):
+        self.said.append(line)
+
+    def advance(self, count):
+        self.tokens += count
+
+
+def test_failed_samples_are_quarantined_beside_the_scores(folder, samples):
+    failures = {"s2": "out of memory", "s3": "it died", "s9": "it died"}
+    progress = Recorder()
+    with writable_store(folder) as store:
+        source = engine_source(FaultyScorer(failures=failures), 39)
+        outcome = score(store, ScoreSettings(policy="new", model="m"), source, progress)
+        verify(store, Silent())
+    too_long = {sample.sample_id for sample in samples if len(sample.input_ids) > FaultyScorer.max_length}
+    assert not too_long & failures.keys()
+    assert outcome.rejected == 3 + len(too_long)
+    assert progress.tokens == sum(len(sample.input_ids) for sample in samples)
+    for row in rows(folder):
+        if row["sample_id"] in failures:
+            assert row["status"] == "failed"
+            assert row["logprobs"] is row["logprob_sum"] is None
+        else:
+            assert row["status"] == ("too_long" if row["sample_id"] in too_long else "ok")
+    store = open_store(folder)
+    found = [
+        (shard.name, shard.quarantined, pq.read_table(store.file(shard.quarantine)).to_pylist())
+        for shard in store.stage("scores/new").shards
+        if shard.quarantine
+    ]
+    kept = {"input": "part-00000.parquet", "raw": b"{}"}
+    assert found == [
+        (
+            "part-00000",
+            2,
+            [{**kept, "row": 2, "reason": "out of memory"}, {**kept, "row": 3, "reason": "it died"}],
+        ),
+        ("part-00001", 1, [{**kept, "input": "part-00001.parquet", "row": 2, "reason": "it died"}]),
+    ]
+    assert sorted(found_file.name for found_file in (folder / "quarantine").iterdir()) == [
+        "scores-new-part-00000.parquet",
+        "scores-new-part-00001.parquet",
+    ]
+    assert "s3 cannot be scored and is quarantined: it died" in progress.said
+
+
+def test_a_shard_whose_quarantine_is_gone_is_scored_again(folder):
+    run(folder, FaultyScorer(failures={"s2": "it died"}))
+    (folder / "quarantine" / "scores-new-part-00000.parquet").unlink()
+    again = FaultyScorer()
+    run(folder, again)
+    assert set(again.scored) <= {f"s{index}" for index in range(7)}
+    assert {row["status"] for row in rows(folder)[:7]} <= {"ok", "too_long"}
+    assert open_store(folder).stage("scores/new").shards[0].quarantine is None
+
+
+def test_many_workers_store_what_one_does(folder):
+    run(folder, FaultyScorer())
+    whole = rows(folder)
+    with writable_store(folder) as store:
+        source = replace(engine_source(FaultyScorer(), None), workers=3)
+        del store.manifest.stages["scores/new"]
+        score(store, ScoreSettings(policy="new", model="m"), source, Silent())
+    assert rows(folder) == whole
+    assert [shard.name for shard in open_store(folder).stage("scores/new").shards] == [
+        f"part-{number:05d}" for number in range(3)
+    ]
+
+
+def test_an_error_in_one_thread_ends_the_others_and_keeps_what_is_committed(folder):
+    closed = threading.Event()
+
+    class Stuck(FaultyScorer):
+        """Hangs in the first shard until it is closed, and fails in the third."""
+
+        def score(self, batch, on_tokens):
+            if {"s0", "s1", "s2"} & set(batch.sample_ids):
+                assert closed.wait(30)
+                raise PearError("closed")
+            return super().score(batch, on_tokens)
+
+    with writable_store(folder) as store:
+        source = replace(engine_source(Stuck(fail_on="s15"), None), workers=2, close=closed.set)
+        with pytest.raises(RuntimeError, match="the engine died"):
+            score(store, ScoreSettings(policy="new", model="m"), source, Silent())
+    assert not list(folder.rglob("*.tmp"))
+    stage = open_store(folder).stage("scores/new")
+    assert not stage.complete
+    assert [shard.name for shard in stage.shards] == ["part-00001"]
