@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from pear_data.errors import PearError, UsageError
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def load_tokenizer(
@@ -109,6 +109,6 @@ def _from_bytes() -> Callable[[str], str]:
 
 
 def _from_sentence_piece(piece: str) -> str:
-    if _BYTE_TOKEN.fullmatch(piece):
+    if BYTE_TOKEN.fullmatch(piece):
         return bytes([int(piece[3:5], 16)]).decode(errors="replace")
     return piece.replace("▁", " ")

@@ -1,0 +1,158 @@
+"""The scored text of each assistant turn under one chat template, and what corresponds to it under another's.
+
+A turn is a body (what stands between the generation prompt and the end of the turn) and its end-of-turn text. Ends of
+turns stand for each other whatever they are called. Bodies must be the same text, but for white space and think tags
+around them that a template writes of its own accord; those of the one template stand for those of the other.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from pear_data.chat.control_text import put_back
+from pear_data.chat.messages import REASONING_FIELDS, Message, message_text
+from pear_data.chat.spans import ScoredText
+from pear_data.chat.token_bytes import Ids, Lengths, TokenBytes
+from pear_data.errors import SampleError
+
+Piece = tuple[int, int, bool]  # bytes in one text, bytes in the other, whether they are the same
+
+_THINK, _THINK_END = "<think>", "</think>"
+_LOOK_BACK = 64  # characters of a generation prompt, which ends in a think tag where it has one
+_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class TurnText:
+    """What is scored of one assistant turn; `before` is what stands in front of it, `message` whose turn it is."""
+
+    message: int
+    before: str
+    body: str
+    closing: str
+
+    def changed(self, form: Callable[[str], str]) -> TurnText:
+        """The same in another Unicode form."""
+        return TurnText(self.message, self.before, form(self.body), form(self.closing))
+
+
+def turn_texts(text: ScoredText, tokens: TokenBytes) -> list[TurnText]:
+    """The turns of a rendered sample, in order. Raises SampleError where the first of its tokens cannot be scored."""
+    turns: list[TurnText] = []
+    for (start, end), (message, stop) in zip(text.spans, text.turns, strict=True):
+        if start == 0 and not text.ids_before:
+            raise SampleError("the scored text's first token has nothing before it and is left unscored")
+        body = put_back(text.text[start : min(end, stop)], text.hidden)
+        closing = put_back(text.text[max(start, stop) : end], text.hidden)
+        if turns and turns[-1].message == message:
+            last = turns.pop()
+            turns.append(TurnText(message, last.before, last.body + body, last.closing + closing))
+        else:
+            before = text.text[max(0, start - _LOOK_BACK) : start]
+            turns.append(TurnText(message, before, body, closing))
+    if text.ids_behind:
+        last = turns.pop()
+        closing = last.closing + tokens.text(text.ids_behind).decode()
+        turns.append(TurnText(last.message, last.before, last.body, closing))
+    return turns
+
+
+def as_read(
+    turns: Sequence[TurnText], tokens: TokenBytes, ids: Ids, previous: Ids
+) -> tuple[list[TurnText], Lengths]:
+    """The turns as the tokens spell them (in Unicode's composed form, where the tokenizer has it), and each token's
+    bytes of them. `ids` are the scored tokens, `previous` the tokens before each.
+
+    Raises SampleError where the tokens spell another text.
+    """
+    for lengths in (tokens.lengths(ids), tokens.without_added_spaces(ids, previous)):
+        spelled = tokens.joined(ids, lengths).tobytes()
+        for form in (str, _composed):
+            read = [turn.changed(form) for turn in turns]
+            if spelled == "".join(turn.body + turn.closing for turn in read).encode():
+                return read, lengths
+    raise SampleError("the tokens do not spell the text they were made from: its tokenizer changes texts")
+
+
+def corresponding(
+    first: Sequence[TurnText], second: Sequence[TurnText], messages: Sequence[Message]
+) -> list[Piece]:
+    """The pieces of the scored text under two templates, side by side.
+
+    Raises SampleError where the templates make different texts of a turn, or do not score the same turns.
+    """
+    if [turn.message for turn in first] != [turn.message for turn in second]:
+        raise SampleError("the two chat templates do not score the same assistant turns")
+    pieces: list[Piece] = []
+    for one, other in zip(first, second, strict=True):
+        pieces += _bodies(one, other, messages[one.message])
+        if not (one.closing and other.closing):
+            raise SampleError(f"one chat template scores no end of the turn of message {one.message + 1}")
+        pieces.append(_piece(one.closing, other.closing))
+    return pieces
+
+
+def _bodies(one: TurnText, other: TurnText, message: Message) -> list[Piece]:
+    if one.body == other.body:
+        return [_piece(one.body, other.body)]
+    lead, core, tail = _parted(one.body)
+    other_lead, other_core, other_tail = _parted(other.body)
+    if core != other_core:
+        raise SampleError(_different(one, core, other_core))
+    texts = _own_texts(message)
+    thinks_alike = _with_thinking(one.before, lead) == _with_thinking(other.before, other_lead)
+    if lead != other_lead and not thinks_alike and _framed(texts[:1], lead=True):
+        raise SampleError(_different(one, lead, other_lead))
+    if tail != other_tail and _framed(texts[-1:], lead=False):
+        raise SampleError(_different(one, tail, other_tail))
+    return [_piece(lead, other_lead), _piece(core, core), _piece(tail, other_tail)]
+
+
+def _piece(one: str, other: str) -> Piece:
+    return len(one.encode()), len(other.encode()), one == other
+
+
+def _parted(body: str) -> tuple[str, str, str]:
+    """White space and think tags in front, the text itself, white space and think tags behind."""
+    core = body
+    while (shorter := core.lstrip().removeprefix(_THINK).removeprefix(_THINK_END)) != core:
+        core = shorter
+    lead = body[: len(body) - len(core)]
+    behind = core
+    while (shorter := core.rstrip().removesuffix(_THINK).removesuffix(_THINK_END)) != core:
+        core = shorter
+    return lead, core, behind[len(core) :]
+
+
+def _own_texts(message: Message) -> list[str]:
+    """What a message gives its turn to say, first and last."""
+    fields: Iterable[object] = (*(message.get(field) for field in REASONING_FIELDS), message_text(message))
+    return [text for text in fields if isinstance(text, str) and text]
+
+
+def _framed(texts: Sequence[str], *, lead: bool) -> bool:
+    """Whether a text brings white space or a think tag of its own to its edge."""
+    return any(_parted(text)[0 if lead else 2] for text in texts)
+
+
+def _with_thinking(before: str, lead: str) -> str:
+    """`lead` from its think tag on, the tag being the generation prompt's where the template puts it there."""
+    framing = _parted(before)[2] + lead
+    start = framing.find(_THINK)
+    return framing[start:] if start >= 0 else lead
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _different(turn: TurnText, one: str, other: str) -> str:
+    at = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+    return (
+        f"the two policies read different texts in message {turn.message + 1}, "
+        f"{one[at : at + _SHOWN]!r} and {other[at : at + _SHOWN]!r} from character {at + 1} on"
+    )
