@@ -23,21 +23,22 @@ ROOM = 1.25  # GPU memory a model needs, relative to its weights, the logits apa
 
 
 class PlainFloat32:
-    """`AutoModelForCausalLM` in float32, on the CUDA device if it fits there, else on the CPU.
+    """`AutoModelForCausalLM` in float32, on the CUDA device; on the CPU where there is none, or from the first sample
+    on that the device has no memory for.
 
     Raises PearError where the model cannot be loaded in float32.
     """
 
     def __init__(self, model: str, revision: str | None, trust_remote_code: bool) -> None:
-        self._name = model
         loaded = _load(model, revision, trust_remote_code)
         weights = sum(tensor.nbytes for tensor in loaded.parameters())
-        self.device = _device(weights * ROOM + 4 * LOGITS)
-        self._model = loaded.eval().to(self.device)
+        self._devices = [_device(weights * ROOM + 4 * LOGITS)]
+        self._model = loaded.eval().to(self._devices[0])
 
     @property
     def description(self) -> str:
-        return f"transformers {transformers.__version__} in float32 on {self.device}"
+        """What scored, where it was: "transformers 5.19.0 in float32 on cuda"."""
+        return f"transformers {transformers.__version__} in float32 on {', then '.join(self._devices)}"
 
     def logprobs(
         self, input_ids: npt.NDArray[np.int32], loss_mask: npt.NDArray[np.bool_]
@@ -48,12 +49,20 @@ class PlainFloat32:
             input_ids: the sample's tokens, [T].
             loss_mask: which of them are scored, [T]; never the first.
         """
-        ids = torch.from_numpy(input_ids.astype(np.int64)).to(self.device)
-        scored = torch.from_numpy(np.flatnonzero(loss_mask)).to(self.device)
+        device = self._devices[-1]
+        ids = torch.from_numpy(input_ids.astype(np.int64)).to(device)
+        scored = torch.from_numpy(np.flatnonzero(loss_mask)).to(device)
         rows = max(1, LOGITS // self._model.config.get_text_config().vocab_size)
-        with torch.inference_mode(), _no_tf32():
-            found = [self._block(ids, block) for block in torch.split(scored, rows)]
-        return torch.cat(found).cpu().numpy()
+        try:
+            with torch.inference_mode(), _no_tf32():
+                found = [self._block(ids, block) for block in torch.split(scored, rows)]
+            return torch.cat(found).cpu().numpy()
+        except torch.OutOfMemoryError:
+            if device == "cpu":
+                raise
+        self._devices.append("cpu")
+        self._model.to("cpu")
+        return self.logprobs(input_ids, loss_mask)
 
     def _block(self, ids: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
         """Log-probs of a few scored tokens from a pass over the whole sample, float64."""
@@ -67,7 +76,7 @@ class PlainFloat32:
     def close(self) -> None:
         """Free the model."""
         self._model = None
-        if self.device == "cuda":
+        if "cuda" in self._devices:
             torch.cuda.empty_cache()
 
 
