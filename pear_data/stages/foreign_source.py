@@ -25,6 +25,7 @@ from pear_data.errors import SampleError, UsageError
 from pear_data.schema import STATUS_OK, STATUS_UNALIGNED
 from pear_data.stages.foreign_rows import ForeignRows, Reader, ReadRow, date_of
 from pear_data.stages.sources import GroupScores, PolicySource, Spans
+from pear_data.stages.spans import ALIGNED_BY_BYTES
 from pear_data.store import Store
 from pear_data.store.columns import offsets_of
 from pear_data.store.manifest import CORPUS
@@ -119,6 +120,7 @@ def foreign_source(source: PolicySource, text: ForeignText) -> PolicySource:
         settings={**source.settings, **text.settings},
         score_group=score_group,
         corpus_columns=("record",),
+        decisions={ALIGNED_BY_BYTES: APPROXIMATE},
     )
 
 

@@ -17,7 +17,7 @@ from pear_data.resources import resolve
 from pear_data.stages.calibration import Calibration, calibrate
 from pear_data.stages.engine_costs import EngineCosts, Memory
 from pear_data.stages.model_size import Flops, ModelSize, model_size
-from pear_data.stages.sources import open_source
+from pear_data.stages.opened_source import open_source
 from pear_data.store import Store
 from pear_data.store.manifest import CORPUS, Shard, differing_fields
 

@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pear_data.config import ScoreSettings
 from pear_data.progress import OneAtATime, Outcome, Progress
 from pear_data.schema import STATUS_OK
+from pear_data.stages.opened_source import open_source
 from pear_data.stages.score_shard import Failure, score_shard
-from pear_data.stages.sources import SHOWN_REASONS, PolicySource, open_source
+from pear_data.stages.sources import SHOWN_REASONS, PolicySource
 from pear_data.store import Store
 from pear_data.store.manifest import CORPUS, Shard
 
@@ -35,6 +36,7 @@ def score(
     key = f"scores/{settings.policy}"
     stage_settings = {**source.settings, "inputs": {CORPUS: corpus.fingerprint}}
     stage = store.begin(key, stage_settings, overwrite=overwrite)
+    stage.decisions |= source.decisions
     pending = [
         shard
         for shard in corpus.shards

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pear_data.config import ScoreSettings
 from pear_data.engines.base import OnTokens
 from pear_data.errors import SampleError, UsageError
 from pear_data.progress import Progress
-from pear_data.resources import resolve
 from pear_data.runners.base import Scorer
-from pear_data.runners.opening import open_scorer
 from pear_data.schema import (
     STATUS_BAD_FIELD,
     STATUS_FAILED,
@@ -26,8 +22,6 @@ from pear_data.schema import (
     STATUS_OK,
     STATUS_TOO_LONG,
 )
-from pear_data.stages.same_ids import same_ids_check
-from pear_data.store import Store
 from pear_data.tokens import TokenBatch
 
 Floats = npt.NDArray[np.float32]
@@ -59,7 +53,7 @@ class PolicySource:
 
     `settings` determine them. `score_group(batch, records, on_tokens)` scores a row group, `records` holding its
     `corpus_columns`, for as many threads at once as there are `workers`. `check_batch` refuses a batch this source
-    cannot score. `close` ends what scores, for good; calls under way raise.
+    cannot score. `close` ends what scores, for good; calls under way raise. `decisions` go into the manifest.
     """
 
     settings: dict[str, Any]
@@ -67,6 +61,7 @@ class PolicySource:
     corpus_columns: tuple[str, ...] = ()
     check_batch: Callable[[TokenBatch], None] = lambda batch: None
     workers: int = 1
+    decisions: Mapping[str, str] = field(default_factory=dict)
     close: Callable[[], None] = lambda: None
 
 
@@ -155,26 +150,3 @@ def _recorded(row: dict[str, Any], field: str, length: int) -> Floats:
     if (logprobs > 0).any():
         raise SampleError(f"{field} has a log-prob above 0")
     return logprobs
-
-
-@contextlib.contextmanager
-def open_source(store: Store, settings: ScoreSettings, progress: Progress) -> Iterator[PolicySource]:
-    """The source that `settings` ask for; its engines are closed at the end.
-
-    Raises:
-        UsageError: neither a model nor a field is given, or both are.
-        MismatchError: the model's tokenizer gives other ids than the corpus holds.
-        PearError: the model cannot be loaded.
-    """
-    if (settings.model is None) == (settings.from_field is None):
-        raise UsageError("give either --model M, or --from-field F for log-probs recorded at generation time")
-    if settings.from_field is not None:
-        yield recorded_source(settings.from_field, progress)
-        return
-    assert settings.model is not None
-    with open_scorer(settings, progress.say) as scorer:
-        # The engines load their model meanwhile.
-        check = same_ids_check(store, resolve(settings.model), settings.revision, settings.trust_remote_code)
-        progress.say(scorer.ready().sentence)
-        source = engine_source(scorer, settings.max_length)
-        yield replace(source, check_batch=check, workers=scorer.workers, close=scorer.close)
