@@ -129,8 +129,13 @@ def max_model_len(max_length: int) -> int | None:
 
 
 def memory_arguments(path: ScoringPath, vocab_size: int, given: EngineArgs, device: str) -> dict[str, Any]:
-    """The size of a step, and on a GPU the share of its memory that leaves room for the step's logits."""
+    """`given`, and unless it says otherwise the size of a step and a GPU's memory less room for the step's logits.
+
+    Raises UsageError for a step that is no number of tokens.
+    """
     tokens = given.get("max_num_batched_tokens", path.step_tokens(vocab_size))
+    if not isinstance(tokens, int):
+        raise UsageError(f"--engine-arg max_num_batched_tokens: {tokens!r} is no whole number")
     arguments = {"max_num_batched_tokens": tokens, "max_num_seqs": min(_MAX_SEQUENCES, tokens)}
     if device == "cuda":
         from vllm import EngineArgs as VllmArguments

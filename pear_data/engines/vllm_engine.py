@@ -111,6 +111,7 @@ class VllmEngine:
             "path": self._path.name,
             **recorded(given),
         }
+        self._try_out()
 
     def identity(self) -> dict[str, str | int | float | bool | None]:
         """See `Engine.identity`; `path` is "targets" or "classic", `quantization` vLLM's name of the method."""
@@ -145,6 +146,15 @@ class VllmEngine:
     def close(self) -> None:
         """See `Engine.close`; the engine scores nothing afterwards."""
         self._process.stop()
+
+    def _try_out(self) -> None:
+        """Score two tokens: a kernel that refuses the model's numbers says so at its first request only."""
+        ids, scored = np.array([0, 1], dtype=np.int32), np.array([False, True])
+        try:
+            self.score(TokenBatch(["start-up"], ids, scored, np.array([0, 2])), lambda tokens: None)
+        except PearError:
+            self.close()
+            raise
 
     def _answers(
         self, requests: dict[int, Request], lengths: dict[int, int], on_tokens: OnTokens, names: list[str]

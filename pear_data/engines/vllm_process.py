@@ -17,7 +17,10 @@ from typing import IO, Any
 
 from pear_data.errors import PearError
 
-_INVALID = re.compile(r"Value error, (.+?)(?: \[type=.*)?$", re.MULTILINE)  # how pydantic words a refusal
+# How pydantic words a refusal: the field's name, if one is at fault, and what is wrong.
+_INVALID = re.compile(
+    r"validation errors? for \w+\n(?:(\S+)\n)?  (?:Value error, )?(.+?)(?: \[type=.*)?$", re.MULTILINE
+)
 _RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception): (.+)")  # the last line of a logged traceback
 _SEE_LOG = ("Engine core initialization failed", "EngineCore encountered an issue")  # the child logged why
 _MEMORY = (
@@ -104,7 +107,9 @@ class VllmProcess:
             logged = _RAISED.findall(self._log.read().decode(errors="replace"))
             return str(logged[-1]).strip() if logged else text
         invalid = _INVALID.search(text)
-        return invalid[1] if invalid else text.splitlines()[0]
+        if invalid:
+            return ": ".join(part for part in invalid.groups() if part)
+        return text.splitlines()[0]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A tiny model with 8-bit weights and activations, as `compressed-tensors` stores it, and the same in plain float32."""
+"""A tiny model of 8-bit weights and activations, head included, as `compressed-tensors` stores it, and in float32."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ QUANTIZATION = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
     "quantization_status": "compressed",
-    "ignore": ["lm_head"],
+    "ignore": [],
     "config_groups": {
         "group_0": {
-            "targets": ["Linear"],
+            "targets": ["Linear", "re:.*lm_head"],
             "weights": {**_INT8, "strategy": "channel", "dynamic": False},
             "input_activations": {**_INT8, "strategy": "token", "dynamic": True},
         }
@@ -43,7 +43,7 @@ def save_quantised(folder: Path) -> tuple[str, str]:
     stored = {}
     with torch.no_grad():
         for name, weight in model.state_dict().items():
-            if name.endswith("proj.weight"):
+            if name.endswith(("proj.weight", "lm_head.weight")):
                 scale = weight.abs().amax(dim=1, keepdim=True) / 127
                 stored[name] = (weight / scale).round().to(torch.int8)
                 stored[name.removesuffix("weight") + "weight_scale"] = scale

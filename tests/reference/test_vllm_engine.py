@@ -27,7 +27,7 @@ Result = dict[str, np.ndarray]
 Results = Callable[[str, str], Result]
 BOTH = ["corpus", "groups"]
 CHUNKED = {"engine_args": {"max_num_batched_tokens": 256}}  # long samples are prefilled in chunks
-STARVED = {"engine_args": {"kv_cache_memory_bytes": 2**20}, "head_dtype": "float32"}
+STARVED = {"engine_args": {"kv_cache_memory_bytes": 2**20}}
 # Of each process: a job's model, the engine's options and the batches to score.
 JOBS: dict[str, dict[str, tuple[str, dict[str, Any], list[str]]]] = {
     "classic": {
@@ -37,6 +37,7 @@ JOBS: dict[str, dict[str, tuple[str, dict[str, Any], list[str]]]] = {
         "bfloat16": ("large-logits", {"dtype": "bfloat16"}, ["groups"]),
         "float32-head": ("large-logits", {"dtype": "bfloat16", "head_dtype": "float32"}, ["groups"]),
         "quantised": ("quantised", {}, ["groups"]),
+        "quantised-head": ("quantised", {"head_dtype": "float32"}, []),
         "starved": ("qwen2", STARVED, []),
     },
     "spawned": {"qwen2": ("qwen2", {}, ["corpus"])},
@@ -170,7 +171,7 @@ def _start(mode: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 FLOAT32 = [
-    (mode, job, batch)
+    (mode, job, kind, batch)
     for mode, jobs in JOBS.items()
     for job, (kind, options, names) in jobs.items()
     for batch in names
@@ -178,13 +179,13 @@ FLOAT32 = [
 ]
 
 
-@pytest.mark.parametrize(("mode", "job", "batch"), FLOAT32)
-def test_float32(mode: str, job: str, batch: str, results: Results, expected: Any) -> None:
+@pytest.mark.parametrize(("mode", "job", "kind", "batch"), FLOAT32)
+def test_float32(mode: str, job: str, kind: str, batch: str, results: Results, expected: Any) -> None:
     result = results(mode, job)
     identity = json.loads(str(result["identity"]))
     assert identity["path"] == ("targets" if mode == "targets" else "classic")
-    assert (identity["dtype"], identity["quantization"], identity["tensor_parallel"]) == ("float32", None, 1)
-    error = np.abs(result[batch] - expected(job, batch)).max()
+    assert (identity["dtype"], identity["quantization"]) == ("float32", None)
+    error = np.abs(result[batch] - expected(kind, batch)).max()
     print(f"vllm {mode} {job} {batch}: max error {error:.2e} over {len(result[batch])} tokens")
     assert error <= 1e-3
 
@@ -231,6 +232,11 @@ def test_a_quantised_model(results: Results, expected: Any) -> None:
     error = np.abs(result["groups"] - expected("quantised", "groups"))
     print(f"vllm quantised: mean error {error.mean():.2e}, max {error.max():.2e}")
     assert error.max() <= 0.3
+
+
+def test_a_quantised_head_does_not_run_in_float32(results: Results) -> None:
+    reason = str(results("classic", "quantised-head")["error"])
+    assert "only supported for an unquantized lm_head. (--head-dtype model runs the head as it is)" in reason
 
 
 def test_too_little_memory_for_the_longest_sample_says_what_to_do(results: Results) -> None:

@@ -102,6 +102,11 @@ def test_steps_of_a_small_vocabulary_and_of_targets() -> None:
     assert memory_arguments(Targets(), 256_000, {"max_num_batched_tokens": 64}, "cpu")["max_num_seqs"] == 64
 
 
+def test_a_step_that_is_no_number() -> None:
+    with pytest.raises(UsageError, match="max_num_batched_tokens: '8k' is no whole number"):
+        memory_arguments(Targets(), 3000, {"max_num_batched_tokens": "8k"}, "cpu")
+
+
 def test_room_for_the_logits_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SimpleNamespace(get_device_total_memory=lambda: 24 * 2**30)
     monkeypatch.setattr("vllm.platforms.current_platform", memory)

@@ -78,6 +78,11 @@ class FakeProcess:
         if prompts:
             self.requests.append((prompts, parameters))
         for index in reversed(range(len(prompts))):
+            if not hasattr(parameters[index], "prompt_logprob_token_ids"):
+                ids = prompts[index]["prompt_token_ids"][1:]
+                flat = SimpleNamespace(token_ids=ids, logprobs=[-1.0 - i for i in range(len(ids))])
+                yield index, SimpleNamespace(prompt_logprobs=flat)
+                continue
             targets = parameters[index].prompt_logprob_token_ids
             first = parameters[index].prompt_logprob_start + 1
             rows = np.where(targets < 0, -np.inf, -np.arange(first, first + len(targets))[:, None])
@@ -90,7 +95,13 @@ def start(llama: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., VllmEngi
     """Start an engine on stand-ins for vLLM and its process."""
     monkeypatch.setattr(vllm_engine, "VllmProcess", FakeProcess)
     install(monkeypatch, NewParameters, v2=True)
-    return lambda **options: VllmEngine(llama, **options)
+
+    def build(**options: Any) -> VllmEngine:
+        engine = VllmEngine(llama, **options)
+        engine._process.requests.clear()
+        return engine
+
+    return build
 
 
 @pytest.fixture
@@ -137,20 +148,35 @@ def test_samples_that_begin_alike_share_rows_and_equal_ones_a_request(
 
 def test_classic_asks_for_each_sample_whole(start: Callable[..., VllmEngine], batch_of: BatchOf) -> None:
     engine = start(path="classic")
-    ids = batch_of(".xx").input_ids.tolist()
-    flat = SimpleNamespace(token_ids=ids[1:], logprobs=[-1.0, -2.0])
-    asked: list[Any] = []
+    batch = batch_of("...xxx").take([0, 0, 0])
+    batch.input_ids[-1] += 1
+    assert engine.score(batch, ignore).tolist() == [-3, -4, -5] * 3
+    [(prompts, parameters)] = engine._process.requests
+    assert [len(prompt["prompt_token_ids"]) for prompt in prompts] == [6, 6]
+    assert [(one.prompt_logprobs, one.flat_logprobs) for one in parameters] == [(0, True)] * 2
 
-    def generate(prompts: list[Any], parameters: list[Any]) -> Iterator[tuple[int, Any]]:
-        asked.extend(parameters)
-        yield from enumerate([SimpleNamespace(prompt_logprobs=flat)] * len(prompts))
 
-    engine._process.generate = generate
-    assert engine.score(batch_of(".xx").take([0, 0]), ignore).tolist() == [-1, -2, -1, -2]
-    assert [(one.prompt_logprobs, one.flat_logprobs) for one in asked] == [(0, True)]
-    flat.token_ids = [0, 0]
+def test_an_answer_about_other_tokens_is_none(start: Callable[..., VllmEngine], batch_of: BatchOf) -> None:
+    engine = start(path="classic")
+    other = SimpleNamespace(prompt_logprobs=SimpleNamespace(token_ids=[0, 0], logprobs=[-1.0, -2.0]))
+    engine._process.generate = lambda prompts, parameters: enumerate([other] * len(prompts))
     with pytest.raises(PearError, match="no log-probs for sample s0"):
         engine.score(batch_of(".xx"), ignore)
+
+
+def test_an_engine_that_refuses_its_first_request_does_not_start(
+    start: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped: list[bool] = []
+
+    def refuse(process: FakeProcess, prompts: list[Any], parameters: list[Any]) -> Iterator[Any]:
+        raise PearError("vLLM stopped scoring: expect A to be bfloat16")
+
+    monkeypatch.setattr(FakeProcess, "generate", refuse)
+    monkeypatch.setattr(FakeProcess, "stop", lambda process: stopped.append(True), raising=False)
+    with pytest.raises(PearError, match="expect A to be bfloat16"):
+        start()
+    assert stopped == [True]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,11 @@ def test_its_output_is_shown_when_asked_for(
             "[type=value_error, input_value=1]\n  For further information visit",
             r"Model architectures \['X'\] are not supported.",
         ),
+        (
+            "1 validation error for CacheConfig\ncache_dtype\n  Input should be 'auto' or 'fp8' "
+            "[type=literal_error, input_value='fp9']\n    For further information visit",
+            "cache_dtype: Input should be 'auto' or 'fp8'",
+        ),
         ("Engine core initialization failed. See root cause above.", "Free memory on device cuda:0 is less"),
         (
             "Try decreasing `max_model_len`.",
