@@ -69,6 +69,7 @@ def command(store: Path, corpus: tuple[str, ...], overwrite: bool, dry_run: bool
 def _print_plan(
     folder: Path, corpus: tuple[str, ...], settings: ScoreSettings, overwrite: bool, progress: Progress
 ) -> None:
+    import shlex
     import sys
 
     from rich.console import Console
@@ -77,9 +78,9 @@ def _print_plan(
     from pear_data.store.manifest import CORPUS, MANIFEST_NAME
 
     if not (folder / MANIFEST_NAME).exists():
-        raise UsageError(
-            f"{folder} holds no corpus to plan for: run `pear-data ingest {' '.join(corpus) or 'CORPUS'} --tokenizer M`"
-        )
+        tokenizer = settings.model if settings.policy == INITIAL and settings.model else "M"
+        ingest = ["ingest", *(corpus or ["CORPUS"]), "--tokenizer", tokenizer, "--store", str(folder)]
+        raise UsageError(f"{folder} holds no corpus to plan for: run `pear-data {shlex.join(ingest)}`")
     opened = open_store(folder)
     opened.complete_stage(CORPUS)
     if corpus:
@@ -89,6 +90,10 @@ def _print_plan(
     from pear_data.stages.sql import UNLIMITED_WIDTH
 
     plan = plan_scoring(opened, settings, progress)
+    if settings.align == "bytes":
+        progress.say(
+            "Tokens are counted as the corpus has them; this model's tokenizer makes more or fewer of them."
+        )
     if plan.differences and not overwrite:
         progress.say(
             f"scores/{settings.policy} has other settings ({'; '.join(plan.differences)}): scoring needs another "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
@@ -95,6 +95,6 @@ def _run_end(batch: TokenBatch, start: int, tokens: float) -> int:
 
 def _timed(source: PolicySource, table: pa.Table, batch: TokenBatch, start: int, end: int) -> Calibration:
     part = batch.take(np.arange(start, end))
-    begun = time.perf_counter()
+    begun = perf_counter()
     source.score_group(part, table.slice(start, end - start), lambda tokens: None)
-    return Calibration(part.num_tokens, part.num_scored, time.perf_counter() - begun)
+    return Calibration(part.num_tokens, part.num_scored, perf_counter() - begun)

@@ -44,11 +44,16 @@ def _engine(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{size.parameters:,} (layers {size.body:,}, embedding {size.embedding:,}{shared}{head})",
     )
     memory = plan.memory
-    parts = [f"weights {_bytes(memory.weights)}", f"activations {_bytes(memory.activations)}"]
+    quantised = "at most " if identity.get("quantization") else ""
+    parts = [f"weights {quantised}{_bytes(memory.weights)}", f"activations {_bytes(memory.activations)}"]
     parts.append(f"logits {_bytes(memory.logits)}")
     if memory.kv_longest:
         parts.append(f"keys and values of the longest sample {_bytes(memory.kv_longest)}")
-    yield "memory", f"about {_bytes(memory.total)} ({', '.join(parts)})"
+    # vLLM's cache of keys and values takes whatever else there is.
+    yield (
+        "memory",
+        f"{'at least' if memory.kv_longest else 'about'} {_bytes(memory.total)} ({', '.join(parts)})",
+    )
 
 
 def _costs(plan: Plan) -> Iterator[tuple[str, str]]:

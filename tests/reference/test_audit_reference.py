@@ -1,4 +1,4 @@
-"""The audit's reference against eager transformers with float64 log-softmax, for every kind of model."""
+"""The audit's reference against eager transformers with float64 log-softmax."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pear_data.stages import audit_reference
 from pear_data.tokens import TokenBatch
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama-tied", "gemma2", "granite", "cohere", "gpt2"])
+@pytest.mark.parametrize("kind", ["gemma2", "granite", "gpt2"])
 def test_plain_float32(
     kind: str,
     model_dir: Callable[[str], str],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -131,7 +130,7 @@ def test_without_a_corpus_or_a_model_there_is_nothing_to_plan(folder, plan, tmp_
     assert run(["score", "corpus.jsonl", *arguments, str(nowhere)]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "pear-data ingest corpus.jsonl --tokenizer" in error
+    assert f"`pear-data ingest corpus.jsonl --tokenizer bundled:initial --store {nowhere}`" in error
     assert not nowhere.exists()
     with writable_store(tmp_path / "empty", create=True):
         pass
@@ -153,34 +152,54 @@ def test_workers_share_the_cores_of_a_machine_without_gpus(plan):
     assert time_row(workers=9, runner="ray").endswith("9 workers, of which the shards left keep 3 busy")
 
 
-def source_of_speed(tokens_per_second, warm_up=0.0):
-    """Scores nothing, in the time that a steady engine would take; its first call takes `warm_up` seconds more."""
-    calls = []
+@pytest.fixture
+def source_of_speed(monkeypatch):
+    """`source_of_speed(tokens_per_second, warm_up)`: a source and its calls; the clock shows what a call would take.
 
-    def score_group(batch, records, on_tokens):
-        assert records["sample_id"].to_pylist() == batch.sample_ids
-        time.sleep(batch.num_tokens.sum() / tokens_per_second + (0 if calls else warm_up))
-        calls.append(batch.sample_ids)
-        scored = int(batch.loss_mask.sum())
-        return GroupScores(np.zeros(scored, np.float32), np.full(len(batch), STATUS_OK, dtype=object))
+    Its first call takes `warm_up` seconds more.
+    """
+    clock = 0.0
+    monkeypatch.setattr("pear_data.stages.calibration.perf_counter", lambda: clock)
 
-    return PolicySource({}, score_group, ("record",)), calls
+    def make(tokens_per_second, warm_up=0.0):
+        calls = []
+
+        def score_group(batch, records, on_tokens):
+            nonlocal clock
+            assert records["sample_id"].to_pylist() == batch.sample_ids
+            clock += batch.num_tokens.sum() / tokens_per_second + (0 if calls else warm_up)
+            calls.append(batch.sample_ids)
+            scored = int(batch.loss_mask.sum())
+            return GroupScores(np.zeros(scored, np.float32), np.full(len(batch), STATUS_OK, dtype=object))
+
+        return PolicySource({}, score_group, ("record",)), calls
+
+    return make
 
 
-def test_calibration_leaves_out_the_warm_up_and_stops_in_time(folder):
-    store = open_store(folder)
-    source, calls = source_of_speed(20_000, warm_up=0.5)
-    found = calibrate(store, source, 2048)
-    assert found.tokens_per_second == pytest.approx(20_000, rel=0.1)
+def test_calibration_leaves_out_the_warm_up_and_uses_each_sample_once(folder, source_of_speed):
+    source, calls = source_of_speed(20_000, warm_up=5)
+    found = calibrate(open_store(folder), source, 2048)
+    assert found.tokens_per_second == pytest.approx(20_000)
     scored = [sample_id for call in calls for sample_id in call]
     assert len(scored) == len(set(scored)) == SAMPLES
-    slow, calls = source_of_speed(800)
-    found = calibrate(store, slow, 2048)
-    assert len(calls) <= 3
-    assert found.tokens_per_second == pytest.approx(800, rel=0.1)
-    assert 1 <= found.seconds <= 4
+
+
+@pytest.mark.parametrize("speed", [20, 800, 1500])
+def test_calibration_of_a_slow_engine_ends_in_seconds(folder, source_of_speed, speed):
+    source, calls = source_of_speed(speed)
+    found = calibrate(open_store(folder), source, 2048)
+    assert found.tokens_per_second == pytest.approx(speed)
+    longest = max(open_store(folder).corpus.to_table()["num_tokens"].to_pylist())
+    # A run ends with the sample that is under way.
+    assert 1 <= found.seconds <= 6 + longest / speed
+    assert len(calls) <= 4
+
+
+def test_calibration_takes_only_samples_that_fit(folder, source_of_speed):
+    store = open_store(folder)
     lengths = store.corpus.to_table()["num_tokens"].to_pylist()
-    assert calibrate(store, slow, min(lengths) - 1) is None
-    fast, calls = source_of_speed(1e6)
-    shortest = calibrate(store, fast, min(lengths))
-    assert set(shortest.num_tokens) == {min(lengths)}
+    source, calls = source_of_speed(1e6)
+    assert calibrate(store, source, min(lengths) - 1) is None
+    assert calls == []
+    assert set(calibrate(store, source, min(lengths)).num_tokens) == {min(lengths)}
