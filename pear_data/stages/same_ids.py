@@ -44,8 +44,8 @@ def same_ids_check(
         reason = same_ids(initial, other, np.unique(batch.input_ids), texts)
         if reason:
             raise MismatchError(
-                f"{model} cannot score this corpus: {reason}; both policies must give the same token ids, so "
-                "take a model of the same tokenizer, or log-probs recorded at generation time (--from-field)"
+                f"{model} cannot score this corpus: {reason}; compare both policies over bytes (--align bytes), take a "
+                "model of the same tokenizer, or log-probs recorded at generation time (--from-field)"
             )
 
     return check
