@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,8 @@ from pear_data.runners.served import ServedEngine, Trouble
 from pear_data.tokens import TokenBatch
 
 PLACEMENT_SECONDS = 300.0  # for Ray to find room, which may mean to start a node
+
+_REACHABLE_SECONDS = 10.0
 
 Resources = dict[str, float]
 
@@ -31,18 +34,22 @@ def ray_cluster(address: str | None, gpus: int) -> Iterator[Resources]:
     ray = _imported()
     where = address or os.environ.get("RAY_ADDRESS") or "auto"
     try:
+        _check_reachable(where)
         with _sigterm_kept():
             ray.init(address=where, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (OSError, RuntimeError, ValueError) as error:
         raise PearError(
-            f"--runner ray: no Ray cluster at {where} ({reason}); run `ray start --head`, or give --ray-address"
+            f"--runner ray: no Ray cluster at {where} ({_first_line(error)}); run `ray start --head`, or give "
+            "--ray-address"
         ) from error
+    # What befalls workers comes back as errors; Ray would print it besides, on stdout, whatever log_to_driver says.
+    ray._private.worker._worker_logs_enabled = False
     try:
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         yield {"num_cpus": 1, "num_gpus": gpus if has_gpus else 0}
     finally:
         ray.shutdown()
+        ray._private.worker._worker_logs_enabled = True
 
 
 class RayHost:
@@ -50,7 +57,9 @@ class RayHost:
 
     def __init__(self, open_engine: OpenEngine, resources: Resources) -> None:
         self._ray = _imported()
-        actor = self._ray.remote(ServedEngine).options(**resources, max_restarts=0, max_task_retries=0)
+        actor = self._ray.remote(ServedEngine).options(
+            **resources, scheduling_strategy="SPREAD", max_restarts=0, max_task_retries=0
+        )
         self._actor = actor.remote(open_engine)
 
     def ready(self) -> Facts:
@@ -100,12 +109,22 @@ def _imported() -> Any:
     return ray
 
 
+def _check_reachable(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT, for which Ray would wait five minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "//" not in host:
+        with socket.create_connection((host, int(port)), timeout=_REACHABLE_SECONDS):
+            pass
+
+
 @contextlib.contextmanager
 def _sigterm_kept() -> Iterator[None]:
     """Ray takes SIGTERM for itself and would end an interrupted command as if it had succeeded."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
     finally:
         if signal.getsignal(signal.SIGTERM) is not before:
             signal.signal(signal.SIGTERM, before)
