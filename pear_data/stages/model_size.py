@@ -70,7 +70,7 @@ class ModelSize:
         )
 
     def activation_entries(self, tokens: int) -> int:
-        """Numbers alive at once in a forward pass over `tokens` tokens: within a quarter of what a CPU was seen to take."""
+        """Numbers alive at once in a forward pass over `tokens` tokens: within a quarter of what a CPU took."""
         return tokens * (6 * self.hidden + 2 * (self.qk_size + self.v_size) + 4 * self.intermediate)
 
 
