@@ -51,3 +51,11 @@ def resolve_max_length(config: Any, requested: int | None, model: str) -> int:
             f"--max-length {requested}: {model} has {positions} positions; give at most that many"
         )
     return requested or positions
+
+
+def rope_switch(config: Any) -> int | None:
+    """Tokens beyond which positions are encoded in another way (LongRoPE); None where length is no matter."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return int(parameters["original_max_position_embeddings"])

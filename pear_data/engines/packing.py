@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -70,32 +71,61 @@ def shared_prefix_groups(batch: TokenBatch, needed: IntArray, budget: int) -> li
         budget: tokens of a pack; a group holds at most SHARED_PACKS times as many, unless one sample does.
     """
     rows = np.flatnonzero(needed)
+    if not len(rows):
+        return []
     scored = np.flatnonzero(batch.loss_mask)
     prompt = np.zeros(len(batch), dtype=np.int64)
     prompt[rows] = scored[batch.scored_offsets[rows]] - batch.offsets[rows]
     prompts = {row: batch.input_ids[batch.offsets[row] :][: prompt[row]] for row in rows.tolist()}
     # Big-endian bytes sort like the ids themselves, so that equal beginnings become neighbours.
     order = sorted(prompts, key=lambda row: prompts[row].astype(">i4").tobytes())
+    shared = [_common(prompts[one], prompts[other]) for one, other in pairwise(order)]
     groups: list[Group] = []
-    start = 0
-    while start < len(order):
-        count, prefix = _sharing(prompts, order, start)
-        members = np.array(order[start : start + count], dtype=np.int64)
-        groups += _split(members, prefix, needed, budget * SHARED_PACKS)
-        start += count
+    for places, prefix in _cheapest_cover([n if n >= LEAST_SHARED else 0 for n in shared]):
+        groups += _split(np.array(order, dtype=np.int64)[places], prefix, needed, budget * SHARED_PACKS)
     return groups
 
 
-def _sharing(prompts: dict[int, Ids], order: Sequence[int], start: int) -> tuple[int, int]:
-    """How many rows of `order` to group from `start` on, and the length of the prompt they share."""
-    count, prefix = 1, len(prompts[order[start]])
-    for place in range(start, len(order) - 1):
-        shared = min(prefix, _common(prompts[order[place]], prompts[order[place + 1]]))
-        # Another member saves `shared` tokens, but may shorten what the members so far share.
-        if shared < LEAST_SHARED or count * shared < (count - 1) * prefix:
-            break
-        count, prefix = count + 1, shared
-    return count, prefix if count > 1 else 0
+_Shared = tuple[list[int], int]  # places of prompts, and the tokens they have in common
+
+
+def _cheapest_cover(shared: Sequence[int]) -> list[_Shared]:
+    """Divide len(shared) + 1 sorted prompts into groups that save much.
+
+    Args:
+        shared: tokens that each prompt begins with in common with the next.
+
+    Families with more in common lie nested inside families with less, and are settled first; that is greedy.
+    """
+    families: list[tuple[int, list[_Shared]]] = [(0, [])]  # still open: common tokens, groups so far
+    for place, following in enumerate([*shared, 0]):
+        single: _Shared = ([place], 0)
+        if following > families[-1][0]:
+            families.append((following, [single]))
+            continue
+        families[-1][1].append(single)
+        while families[-1][0] > following:
+            settled = _join(*families.pop())
+            if families[-1][0] < following:
+                families.append((following, []))
+            families[-1][1].extend(settled)
+    return families[0][1]
+
+
+def _join(common: int, groups: list[_Shared]) -> list[_Shared]:
+    """Groups of one family, those put together that save more by sharing its common tokens."""
+    joining = [(len(places) - 1) * own < len(places) * common for places, own in groups]
+    gain = sum(
+        len(places) * common - (len(places) - 1) * own
+        for (places, own), joins in zip(groups, joining, strict=True)
+        if joins
+    )
+    if gain <= common:  # one of them still has to compute it
+        return groups
+    together = [
+        place for (places, _), joins in zip(groups, joining, strict=True) if joins for place in places
+    ]
+    return [(together, common), *(group for group, joins in zip(groups, joining, strict=True) if not joins)]
 
 
 def _common(one: Ids, other: Ids) -> int:

@@ -24,7 +24,7 @@ from pear_data.engines.batching import (
     spans,
     token_budget_batches,
 )
-from pear_data.engines.checkpoint import load_config, resolve_max_length, unloadable
+from pear_data.engines.checkpoint import load_config, resolve_max_length, rope_switch, unloadable
 from pear_data.engines.dtypes import DTYPES, resolve_dtype
 from pear_data.engines.head import BlockedHead, full_logprobs
 from pear_data.engines.model_identity import model_identity
@@ -75,6 +75,7 @@ class TransformersEngine:
         self._dtype = resolve_dtype(dtype, self._device)
         config = load_config(model, revision, trust_remote_code)
         self.max_length = resolve_max_length(config, max_length, model)
+        self._rope_switch = rope_switch(config)
         self._forward_tokens = FORWARD_TOKENS[self._device]
         self.batch_tokens = self._forward_tokens * FORWARDS_PER_BATCH
         self._model = _load(model, config, revision, DTYPES[self._dtype], trust_remote_code).to(self._device)
@@ -113,11 +114,11 @@ class TransformersEngine:
         logprobs = np.empty(distinct.scored_offsets[-1], dtype=np.float32)
         share = np.bincount(same_as) * distinct.num_tokens  # of the batch's tokens, by distinct row
         with torch.inference_mode():
-            for rows, found in (
-                self._packed(distinct, needed) if self._packs else self._padded(distinct, needed)
-            ):
-                logprobs[spans(distinct.scored_offsets[rows], distinct.num_scored[rows])] = found
-                on_tokens(int(share[rows].sum()))
+            for part in self._parts(distinct, needed):
+                run = self._packed if self._packs else self._padded
+                for rows, found in run(distinct, part):
+                    logprobs[spans(distinct.scored_offsets[rows], distinct.num_scored[rows])] = found
+                    on_tokens(int(share[rows].sum()))
         on_tokens(int(share[needed == 0].sum()))
         return logprobs[spans(distinct.scored_offsets[same_as], distinct.num_scored[same_as])]
 
@@ -126,6 +127,18 @@ class TransformersEngine:
         self._model = self._head = None
         if self._device == "cuda":
             torch.cuda.empty_cache()
+
+    def _parts(self, batch: TokenBatch, needed: IntArray) -> Iterator[IntArray]:
+        """`needed` of the samples that may share a forward pass, 0 for the others.
+
+        LongRoPE encodes every position of a pass as its longest sample asks for, so long samples run whole, and apart.
+        """
+        if self._rope_switch is None:
+            yield needed
+            return
+        long = batch.num_tokens > self._rope_switch
+        yield np.where(long, 0, needed)
+        yield np.where(long & (needed > 0), batch.num_tokens, 0)
 
     def _packed(self, batch: TokenBatch, needed: IntArray) -> Iterator[tuple[IntArray, Floats]]:
         """Rows and the log-probs of their scored tokens, a pack at a time."""

@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,15 @@ def _plain(model: Any, batch: TokenBatch, rows_per_batch: int) -> np.ndarray:
     found = []
     for first in range(0, len(batch), rows_per_batch):
         rows = range(first, min(first + rows_per_batch, len(batch)))
-        ids = [torch.from_numpy(batch.input_ids[slice(*batch.offsets[r : r + 2])].astype(np.int64)) for r in rows]
+        ids = [
+            torch.from_numpy(batch.input_ids[slice(*batch.offsets[r : r + 2])].astype(np.int64)) for r in rows
+        ]
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(model.device)
         attention = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
         logits = model(
-            input_ids=padded, attention_mask=attention.to(model.device) if len(ids) > 1 else None, use_cache=False
+            input_ids=padded,
+            attention_mask=attention.to(model.device) if len(ids) > 1 else None,
+            use_cache=False,
         ).logits[:, :-1]
         logprobs = logits.float().log_softmax(-1).gather(-1, padded[:, 1:, None])[..., 0].cpu().numpy()
         for place, row in enumerate(rows):
@@ -137,7 +142,7 @@ def _in_calls(engine: Any, batch: TokenBatch) -> np.ndarray:
     """As the stage does it: consecutive samples, `engine.batch_tokens` to a call."""
     calls = batch.offsets[1:] // engine.batch_tokens
     edges = [0, *(np.flatnonzero(np.diff(calls)) + 1).tolist(), len(batch)]
-    parts = [batch.take(np.arange(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [batch.take(np.arange(a, b)) for a, b in pairwise(edges)]
     return np.concatenate([engine.score(part, lambda tokens: None) for part in parts])
 
 
@@ -195,7 +200,7 @@ def _make_model(folder: Path, size: str) -> str:
     config = Qwen2Config(**SIZES[size], max_position_embeddings=4096, tie_word_embeddings=True)
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
-        model.get_output_embeddings().weight.normal_(std=0.08)  # log-probs that spread over a few nats
+        model.get_output_embeddings().weight.normal_(std=0.05)  # log-probs that spread over a few nats
     model.save_pretrained(folder / size)
     return str(folder / size)
 

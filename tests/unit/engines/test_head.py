@@ -50,10 +50,31 @@ def test_logits_of_a_thousand_nats_do_not_overflow() -> None:
 
 def test_16_bit_inputs_are_not_rounded_again() -> None:
     torch.manual_seed(0)
+    weight, hidden, targets = torch.randn(50, 64), torch.randn(9, 64), torch.randint(50, (9,))
+    for dtype, bits in ((torch.bfloat16, 17), (torch.float16, 21)):
+        head = BlockedHead(weight.to(dtype), None, 1.0, None)
+        error = head.logprobs(hidden.to(dtype), targets).double() - reference(head, hidden.to(dtype), targets)
+        largest = (hidden.to(dtype).double() @ head.weight.double().T).abs().max()
+        assert error.abs().max() < largest * 2.0**-bits
+        assert largest * 2.0**-9 > 0.04  # what one rounding to bfloat16 would add
+
+
+def test_a_cpu_that_rounds_before_it_subtracts_takes_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "_residuals_are_fused", lambda: False)
+    torch.manual_seed(0)
     head = BlockedHead(torch.randn(50, 64).bfloat16(), None, 1.0, None)
     hidden, targets = torch.randn(9, 64).bfloat16(), torch.randint(50, (9,))
     error = head.logprobs(hidden, targets).double() - reference(head, hidden, targets)
     assert error.abs().max() < 1e-5
+
+
+def test_a_certain_token_has_log_prob_zero_and_not_more() -> None:
+    torch.manual_seed(0)
+    head = BlockedHead(torch.randn(300, 64), None, 1.0, None)
+    hidden = 3 * head.weight[:200]
+    found = head.logprobs(hidden, torch.arange(200))
+    assert found.max() == 0.0
+    assert found.min() > -1e-4
 
 
 def test_nan_stays_nan() -> None:
