@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 
 from pear_data.config import ScoreSettings
 from pear_data.progress import OneAtATime, Outcome, Progress
@@ -14,6 +16,7 @@ from pear_data.stages.score_shard import Failure, score_shard
 from pear_data.stages.sources import SHOWN_REASONS, PolicySource
 from pear_data.store import Store
 from pear_data.store.manifest import CORPUS, Shard
+from pear_data.tokens import TokenBatch
 
 
 def score(
@@ -74,6 +77,7 @@ def _score_shards(
     store: Store, key: str, pending: Sequence[Shard], source: PolicySource, progress: Progress
 ) -> None:
     """Each worker's thread reads and writes shards of its own; only this thread enters them in the manifest."""
+    source = replace(source, check_batch=_one_at_a_time(source.check_batch))
     with ThreadPoolExecutor(source.workers) as threads:
         scoring = [threads.submit(score_shard, store, key, shard, source, progress) for shard in pending]
         try:
@@ -87,6 +91,17 @@ def _score_shards(
             source.close()
             threads.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _one_at_a_time(check: Callable[[TokenBatch], None]) -> Callable[[TokenBatch], None]:
+    """`check` for several threads: a tokenizer bears one at a time."""
+    checking = threading.Lock()
+
+    def guarded(batch: TokenBatch) -> None:
+        with checking:
+            check(batch)
+
+    return guarded
 
 
 def _say_failures(entry: Shard, failures: Sequence[Failure], progress: Progress) -> None:

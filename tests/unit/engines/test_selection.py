@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pear_data.engines import selection
-from pear_data.engines.selection import choose_engine, open_engine
+from pear_data.engines.selection import choose_engine, engine_arguments, open_engine
 from pear_data.engines.transformers_engine import TransformersEngine
 from pear_data.errors import UsageError
 
@@ -41,3 +43,46 @@ def test_options_reach_the_engine(llama: str) -> None:
     assert isinstance(engine, TransformersEngine)
     assert (engine.identity()["dtype"], engine.max_length) == ("bfloat16", 9)
     assert sentence == "Scoring with transformers, as asked."
+
+
+def test_options_of_vllm_s_alone(llama: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"--tensor-parallel is vLLM's alone, and: Scoring with transformers, as"
+    ):
+        open_engine("transformers", llama, tensor_parallel=2)
+    with pytest.raises(UsageError, match="--engine-arg is vLLM's alone"):
+        open_engine("transformers", llama, engine_args={"seed": 1})
+    engine, _ = open_engine("transformers", llama, head_dtype="float32")
+    assert engine.identity() == open_engine("transformers", llama)[0].identity()
+
+
+def test_engine_arguments() -> None:
+    given = (
+        "gpu_memory_utilization=0.8",
+        "kv-cache-dtype=fp8",
+        "seed=7",
+        "a={x: [1, true]}",
+        "quantization=a=b",
+    )
+    assert engine_arguments(given) == {
+        "gpu_memory_utilization": 0.8,
+        "kv_cache_dtype": "fp8",
+        "seed": 7,
+        "a": {"x": [1, True]},
+        "quantization": "a=b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("seed",), "--engine-arg seed: give KEY=VALUE"),
+        (("=7",), "--engine-arg =7: give KEY=VALUE"),
+        (("seed=1", "seed=2"), "--engine-arg seed=2: seed is given twice"),
+        (("a-b=1", "a_b=2"), "a_b is given twice"),
+        (("seed={",), "--engine-arg seed={: the value is no YAML"),
+    ],
+)
+def test_engine_arguments_that_cannot_be_read(given: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        engine_arguments(given)
