@@ -116,7 +116,9 @@ class RawFormat:
         text = prompt + response
         check_encodable(text)
         spans, turns = ((len(prompt), len(text)),), ((len(roles) - 1, len(text)),)
-        return [ScoredText(text, spans, turns, "", hidden, self._before, self._behind)]
+        return [
+            ScoredText(text, spans, turns, hidden=hidden, ids_before=self._before, ids_behind=self._behind)
+        ]
 
 
 def check_encodable(text: str) -> None:

@@ -34,6 +34,7 @@ class TurnFrame:
     as_parts       contents go in as lists of text parts (templates of vision models), not as strings
     prompts        the template honours `add_generation_prompt`
     opening        the generation prompt's own text, empty where there is none
+    lead           what the template writes between the generation prompt and an answer (gpt-oss: the channel)
     end            the end-of-turn text: the first run of added tokens behind the answer, or, on a tokenizer
                    that has no such tokens, the plain text there
     end_in_next    the template closes a turn with the next message's role marker alone (GLM): that marker
@@ -52,6 +53,7 @@ class TurnFrame:
         prompted = self._render(1, generation_prompt=True)
         self.prompts = prompted != asked
         self.opening = prompted[self._whole_tokens(prompted, len(common_prefix([asked, prompted]))) :]
+        self.lead = self._between(prompted, answered)
         if not (self.prompts or template.has_marks):
             self._check_no_header(asked, answered)
         self.end, self.end_in_next = self._find_end(answered)
@@ -111,12 +113,15 @@ class TurnFrame:
         return self.template.render(Conversation(messages), generation_prompt=generation_prompt).text
 
     def _check_no_header(self, asked: str, answered: str) -> None:
-        header = answered[len(asked) : answered.index(_ANSWER)] if answered.startswith(asked) else ""
+        header = self._between(asked, answered)
         if header.strip():
             raise UsageError(
                 f"the chat template ignores add_generation_prompt and opens an assistant turn with {header!r}: "
                 f"where the policy starts is unknown; {WAY_OUT}"
             )
+
+    def _between(self, before: str, answered: str) -> str:
+        return answered[len(before) : answered.index(_ANSWER)] if answered.startswith(before) else ""
 
     def _find_end(self, answered: str) -> tuple[str, bool]:
         behind = answered[answered.rindex(_ANSWER) + len(_ANSWER) :]

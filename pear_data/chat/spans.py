@@ -36,6 +36,7 @@ class ScoredText:
     text, spans               what is tokenized, and the characters of it to score, in order
     turns                     for each span the message it is of, and where the turn's stop token begins
     suffix                    what the sample's id gets appended
+    lead                      what the template writes in front of every answer, scored with it
     hidden                    control-token text of messages that the text holds in disguise
     ids_before, ids_behind    tokens around the text; those behind are scored
     """
@@ -44,6 +45,7 @@ class ScoredText:
     spans: tuple[Span, ...]
     turns: tuple[tuple[int, int], ...]
     suffix: str = ""
+    lead: str = ""
     hidden: Hidden = field(default_factory=dict)
     ids_before: tuple[int, ...] = ()
     ids_behind: tuple[int, ...] = ()
@@ -160,12 +162,13 @@ class SpanFinder:
             spans.extend(found)
             of_turns.extend([(turn.index, turn.stop)] * len(found))
         self._check_context(conversation, text)
-        return ScoredText(text, tuple(spans), tuple(of_turns))
+        return ScoredText(text, tuple(spans), tuple(of_turns), lead=self._frame.lead)
 
     def _alone(self, conversation: Conversation, turn: _Turn, suffix: str = "") -> ScoredText:
         text, spans = self._scored(turn, turn.rendering.text, turn.rendering.marks)
         self._check_context(conversation.through(turn.index), text)
-        return ScoredText(text, tuple(spans), ((turn.index, turn.stop),) * len(spans), suffix)
+        of_turns = ((turn.index, turn.stop),) * len(spans)
+        return ScoredText(text, tuple(spans), of_turns, suffix, self._frame.lead)
 
     def _scored(self, turn: _Turn, text: str, marks: tuple[Span, ...]) -> tuple[str, list[Span]]:
         """The turn's spans in `text`, which is longer afterwards where the stop token had to be added."""

@@ -1,15 +1,16 @@
 """The scored text of each assistant turn under one chat template, and what corresponds to it under another's.
 
 A turn is a body (what stands between the generation prompt and the end of the turn) and its end-of-turn text. Ends of
-turns stand for each other whatever they are called. Bodies must be the same text, but for white space and think tags
-around them that a template writes of its own accord; those of the one template stand for those of the other.
+turns stand for each other whatever they are called. Bodies must be the same text, but for what a template writes of its
+own accord: its lead in front of every answer, white space and think tags around a text. Those of the one template stand
+for those of the other.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pear_data.chat.control_text import put_back
 from pear_data.chat.messages import REASONING_FIELDS, Message, message_text
@@ -26,16 +27,21 @@ _SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class TurnText:
-    """What is scored of one assistant turn; `before` is what stands in front of it, `message` whose turn it is."""
+    """What is scored of one assistant turn.
+
+    `message` is the one whose turn it is, `before` what stands in front, `lead` what the template writes in front of
+    every answer, as part of the body.
+    """
 
     message: int
     before: str
     body: str
     closing: str
+    lead: str = ""
 
     def changed(self, form: Callable[[str], str]) -> TurnText:
         """The same in another Unicode form."""
-        return TurnText(self.message, self.before, form(self.body), form(self.closing))
+        return replace(self, body=form(self.body), closing=form(self.closing))
 
 
 def turn_texts(text: ScoredText, tokens: TokenBytes) -> list[TurnText]:
@@ -48,14 +54,13 @@ def turn_texts(text: ScoredText, tokens: TokenBytes) -> list[TurnText]:
         closing = put_back(text.text[max(start, stop) : end], text.hidden)
         if turns and turns[-1].message == message:
             last = turns.pop()
-            turns.append(TurnText(message, last.before, last.body + body, last.closing + closing))
+            turns.append(replace(last, body=last.body + body, closing=last.closing + closing))
         else:
             before = text.text[max(0, start - _LOOK_BACK) : start]
-            turns.append(TurnText(message, before, body, closing))
+            turns.append(TurnText(message, before, body, closing, text.lead))
     if text.ids_behind:
         last = turns.pop()
-        closing = last.closing + tokens.text(text.ids_behind).decode()
-        turns.append(TurnText(last.message, last.before, last.body, closing))
+        turns.append(replace(last, closing=last.closing + tokens.text(text.ids_behind).decode()))
     return turns
 
 
@@ -97,8 +102,10 @@ def corresponding(
 def _bodies(one: TurnText, other: TurnText, message: Message) -> list[Piece]:
     if one.body == other.body:
         return [_piece(one.body, other.body)]
-    lead, core, tail = _parted(one.body)
-    other_lead, other_core, other_tail = _parted(other.body)
+    own_lead, body = _without_lead(one)
+    others_lead, other_body = _without_lead(other)
+    lead, core, tail = _parted(body)
+    other_lead, other_core, other_tail = _parted(other_body)
     if core != other_core:
         raise SampleError(_different(one, core, other_core))
     texts = _own_texts(message)
@@ -107,11 +114,22 @@ def _bodies(one: TurnText, other: TurnText, message: Message) -> list[Piece]:
         raise SampleError(_different(one, lead, other_lead))
     if tail != other_tail and _framed(texts[-1:], lead=False):
         raise SampleError(_different(one, tail, other_tail))
-    return [_piece(lead, other_lead), _piece(core, core), _piece(tail, other_tail)]
+    return [
+        _piece(own_lead, others_lead),
+        _piece(lead, other_lead),
+        _piece(core, core),
+        _piece(tail, other_tail),
+    ]
 
 
 def _piece(one: str, other: str) -> Piece:
     return len(one.encode()), len(other.encode()), one == other
+
+
+def _without_lead(turn: TurnText) -> tuple[str, str]:
+    """The template's lead and the rest of the body; a lead of white space and think tags stays with the body."""
+    cut = len(turn.lead) if _parted(turn.lead)[1] and turn.body.startswith(turn.lead) else 0
+    return turn.body[:cut], turn.body[cut:]
 
 
 def _parted(body: str) -> tuple[str, str, str]:

@@ -10,15 +10,15 @@ from pear_data.errors import SampleError
 THINK = "<think>\nwhy\n</think>\n\n"
 
 
-def pieces(one, other, content, before=("", ""), **fields):
-    """Of one turn with these bodies."""
+def pieces(one, other, content, before=("", ""), leads=("", ""), **fields):
+    """Of one turn with these bodies; what both lack is left out."""
     first, second = (
-        TurnText(0, prompt, body, end)
-        for prompt, body, end in zip(before, (one, other), ("<e>", "</end>"), strict=True)
+        TurnText(0, prompt, body, end, lead)
+        for prompt, body, end, lead in zip(before, (one, other), ("<e>", "</end>"), leads, strict=True)
     )
     found = corresponding([first], [second], [{"role": "assistant", "content": content, **fields}])
     assert found.pop() == (3, 6, False)
-    return found
+    return [piece for piece in found if piece[:2] != (0, 0)]
 
 
 def test_the_same_text_is_one_piece():
@@ -28,14 +28,24 @@ def test_the_same_text_is_one_piece():
 @pytest.mark.parametrize(
     ("one", "other", "content", "want"),
     [
-        ("a b", " a b", "a b", [(0, 1, False), (3, 3, True), (0, 0, True)]),
+        ("a b", " a b", "a b", [(0, 1, False), (3, 3, True)]),
         ("a\n", "\na ", "a", [(0, 1, False), (1, 1, True), (1, 1, False)]),
-        ("<think>\n\n</think>\n\na", "a", "a", [(19, 0, False), (1, 1, True), (0, 0, True)]),
-        ("", "<think></think>", "", [(0, 15, False), (0, 0, True), (0, 0, True)]),
+        ("<think>\n\n</think>\n\na", "a", "a", [(19, 0, False), (1, 1, True)]),
+        ("", "<think></think>", "", [(0, 15, False)]),
     ],
 )
 def test_white_space_and_think_tags_of_a_templates_own(one, other, content, want):
     assert pieces(one, other, content) == want
+
+
+def test_a_lead_in_front_of_every_answer_is_the_templates_own():
+    leads = ("", "<|channel|>final<|message|>")
+    assert pieces("a b", f"{leads[1]}a b", "a b", leads=leads) == [(0, 27, False), (3, 3, True)]
+    assert pieces(" a", f"{leads[1]} a", " a", leads=leads) == [(0, 27, False), (1, 1, True), (1, 1, True)]
+    with pytest.raises(SampleError, match="different texts"):
+        pieces(" a", f"{leads[1]}a", " a", leads=leads)
+    with pytest.raises(SampleError, match="different texts"):
+        pieces("a", "<|channel|>other<|message|>a", "a", leads=leads)
 
 
 def test_a_think_tag_may_be_the_generation_prompts():

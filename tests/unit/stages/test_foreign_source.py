@@ -108,6 +108,20 @@ def test_each_turns_text_and_end_stand_for_those_of_the_corpus(corpus, foreign, 
     assert rows[1].pieces == [(0, 0, True), (10, 13, False)]
 
 
+def test_what_a_template_writes_in_front_of_every_answer_is_its_own(corpus, tmp_path, decode):
+    channel = "('<final>' if message['role'] == 'assistant' else '') + message['content']"
+    model = save_tokenizer(tmp_path / "channels", template(channel))
+    (row,) = read(corpus([turns("a", "b é", "c", "")]), model)[1]
+    assert decode(row.samples[0]) == "<final>b é<|endoftext|><final><|endoftext|>"
+    assert [piece for piece in row.pieces if piece[:2] != (0, 0)] == [
+        (0, 7, False),
+        (4, 4, True),
+        (10, 13, False),
+        (0, 7, False),
+        (10, 13, False),
+    ]
+
+
 def test_a_template_that_rewrites_earlier_turns_reads_each_turn_in_its_own_context(corpus, tmp_path, decode):
     answers = "<think>x</think>one", "<think>y</think>two"
     store = corpus([turns("a", answers[0], "b", answers[1])])
