@@ -37,7 +37,7 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
     \b
     Views:
       corpus   sample_id, source, label, input_ids, loss_mask, num_tokens, num_scored, record
-      scores   policy, sample_id, logprobs, num_scored, logprob_sum, status
+      scores   policy, sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
       weights  name, sample_id, weights, num_scored, weight_mean, ess, clipped_low, ..., status
       samples  a row per sample: source, counts, perplexity_<policy>, weight_mean, ess, weight_mean_<name>, ...
       tokens   a row per scored token: position, t, token, logprob_<policy>, log_ratio, weight, weight_<name>, ...

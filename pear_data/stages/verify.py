@@ -107,6 +107,18 @@ def _row_faults(kind: str, table: pa.Table) -> Iterator[str]:
         yield f"num_scored differs from the length of {column}"
     if not np.isfinite(flat_values(table[column])).all():
         yield f"{column} are not all finite"
+    if kind == "scores" and not _spans_fit(table):
+        yield "span_tokens do not sum to num_scored"
     ok = table["status"].to_numpy(zero_copy_only=False) == STATUS_OK
     if (ok & ~present).any():
         yield f"rows with status ok have no {column}"
+
+
+def _spans_fit(table: pa.Table) -> bool:
+    """Whether the spans of each row that has any are of at least a token each and together of its tokens."""
+    spanned = table.filter(pc.is_valid(table["span_tokens"]))
+    tokens, rows = flat_values(spanned["span_tokens"]), list_lengths(spanned["span_tokens"])
+    if (tokens < 1).any() or (rows < 1).any():
+        return False
+    sums = np.add.reduceat(tokens, np.cumsum(rows) - rows, dtype=np.int64) if len(rows) else rows
+    return np.array_equal(sums, spanned["num_scored"].to_numpy())

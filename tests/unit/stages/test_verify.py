@@ -83,6 +83,10 @@ def test_weights_of_other_log_probs_are_named(folder):
             "num_scored differs from the length of logprobs",
         ),
         (
+            lambda t: t.set_column(2, t.schema.field(2), pa.array([[1]] * len(t), t.schema.field(2).type)),
+            "span_tokens do not sum to num_scored",
+        ),
+        (
             lambda t: t.set_column(5, t.schema.field(5), pa.array(["ok"] * len(t))),
             "rows with status ok have no logprobs",
         ),
