@@ -9,7 +9,7 @@ for those of the other.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from pear_data.chat.control_text import put_back
@@ -38,10 +38,6 @@ class TurnText:
     body: str
     closing: str
     lead: str = ""
-
-    def changed(self, form: Callable[[str], str]) -> TurnText:
-        """The same in another Unicode form."""
-        return replace(self, body=form(self.body), closing=form(self.closing))
 
 
 def turn_texts(text: ScoredText, tokens: TokenBytes) -> list[TurnText]:
@@ -72,12 +68,14 @@ def as_read(
 
     Raises SampleError where the tokens spell another text.
     """
-    for lengths in (tokens.lengths(ids), tokens.without_added_spaces(ids, previous)):
+    for lengths_of in (tokens.lengths, lambda ids: tokens.without_added_spaces(ids, previous)):
+        lengths = lengths_of(ids)
         spelled = tokens.joined(ids, lengths).tobytes()
-        for form in (str, _composed):
-            read = [turn.changed(form) for turn in turns]
-            if spelled == "".join(turn.body + turn.closing for turn in read).encode():
-                return read, lengths
+        if spelled == _whole(turns):
+            return list(turns), lengths
+        composed = [_composed(turn) for turn in turns]
+        if spelled == _whole(composed):
+            return composed, lengths
     raise SampleError("the tokens do not spell the text they were made from: its tokenizer changes texts")
 
 
@@ -162,8 +160,12 @@ def _with_thinking(before: str, lead: str) -> str:
     return framing[start:] if start >= 0 else lead
 
 
-def _composed(text: str) -> str:
-    return unicodedata.normalize("NFC", text)
+def _whole(turns: Iterable[TurnText]) -> bytes:
+    return "".join(turn.body + turn.closing for turn in turns).encode()
+
+
+def _composed(turn: TurnText) -> TurnText:
+    return replace(turn, body=unicodedata.normalize("NFC", turn.body))
 
 
 def _different(turn: TurnText, one: str, other: str) -> str:

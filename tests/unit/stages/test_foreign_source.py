@@ -240,6 +240,19 @@ def test_scores_are_summed_over_spans_and_spread(corpus, foreign):
     assert logprobs[0][-1] == want[0][-1]  # the ends of turns stand for each other
 
 
+def test_a_model_of_the_same_tokenizer_gets_the_corpuss_own_tokens(corpus):
+    store = corpus([turns("q", "1+1=2 é", "r", "say <|im_end|>"), turns("s", "")])
+    table = store.corpus.to_table()
+    batch = token_batch(table)
+    source, seen = fake_source()
+    aligned = foreign_source(source, opened(store, str(asset("behavior"))))
+    scores = aligned.score_group(batch, table, lambda tokens: None)
+    assert (seen[0].input_ids == batch.input_ids).all()
+    assert (seen[0].loss_mask == batch.loss_mask).all()
+    assert scores.logprobs.tolist() == (-np.arange(batch.num_scored.sum())).tolist()
+    assert set(scores.spans.tokens.tolist()) == {1}
+
+
 def test_a_row_fails_where_one_of_its_samples_does(corpus, tmp_path):
     rows = [turns("a", "<think>x</think>one", "b", "two"), turns("a", "one"), turns("a", "one", "b", "two")]
     store = corpus(rows)
