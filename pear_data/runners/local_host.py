@@ -82,18 +82,22 @@ class LocalHost:
                 return
             self._stopped = True
             idle = self._loaded and self._at_work.acquire(blocking=False)
-            if idle:
-                self._send(None)
-                with contextlib.suppress(OSError):
-                    self._connection.poll(CLOSING_SECONDS)  # its end of the connection closes as it exits
-            # Not reaped yet, it keeps its process group, so the id is no other's.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            if not (idle and self._closes()):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
             if not idle:
                 self._at_work.acquire()
             self._held.close()
             self._at_work.release()
+
+    def _closes(self) -> bool:
+        """Ask an idle engine to close; whether that went well, so that nothing it started is left."""
+        self._send(None)
+        try:
+            return self._process.wait(CLOSING_SECONDS) == 0
+        except subprocess.TimeoutExpired:
+            return False
 
     def _send(self, message: Any) -> None:
         with contextlib.suppress(OSError):  # a child that is gone is noticed where its answer is awaited

@@ -9,11 +9,13 @@ from functools import partial
 from pear_data.config import ScoreSettings
 from pear_data.engines.selection import engine_arguments, open_engine
 from pear_data.resources import resolve
-from pear_data.runners.base import OpenEngine
+from pear_data.runners.base import Host, OpenEngine
 from pear_data.runners.local_host import LocalHost
 from pear_data.runners.placement import worker_environments
 from pear_data.runners.pool import ScorerPool
 from pear_data.runners.supervised import SupervisedScorer
+
+OpenHost = Callable[[], Host]
 
 
 @contextlib.contextmanager
@@ -38,23 +40,21 @@ def open_scorer(settings: ScoreSettings, say: Callable[[str], None]) -> Iterator
         engine_args=engine_arguments(settings.engine_arg),
     )
     with contextlib.ExitStack() as stack:
-        scorers = _on_ray(engine, settings, stack) if settings.runner == "ray" else _here(engine, settings)
-        pool = ScorerPool(scorers, say)
+        hosts = _on_ray(engine, settings, stack) if settings.runner == "ray" else _here(engine, settings)
+        pool = ScorerPool([SupervisedScorer(open_host, say) for open_host in hosts], say)
         stack.callback(pool.close)
         yield pool
 
 
-def _here(engine: OpenEngine, settings: ScoreSettings) -> list[SupervisedScorer]:
+def _here(engine: OpenEngine, settings: ScoreSettings) -> list[OpenHost]:
     return [
-        SupervisedScorer(partial(LocalHost, engine, environment))
+        partial(LocalHost, engine, environment)
         for environment in worker_environments(settings.workers, settings.tensor_parallel)
     ]
 
 
-def _on_ray(
-    engine: OpenEngine, settings: ScoreSettings, stack: contextlib.ExitStack
-) -> list[SupervisedScorer]:
+def _on_ray(engine: OpenEngine, settings: ScoreSettings, stack: contextlib.ExitStack) -> list[OpenHost]:
     from pear_data.runners.ray_host import RayHost, ray_cluster
 
     resources = stack.enter_context(ray_cluster(settings.ray_address, settings.tensor_parallel))
-    return [SupervisedScorer(partial(RayHost, engine, resources)) for _ in range(settings.workers)]
+    return [partial(RayHost, engine, resources)] * settings.workers

@@ -27,10 +27,12 @@ class SupervisedScorer:
 
     Args:
         open_host: starts an engine, the first and every one after it, without waiting for it.
+        say: told when an engine is started again, and why.
     """
 
-    def __init__(self, open_host: Callable[[], Host]) -> None:
+    def __init__(self, open_host: Callable[[], Host], say: Callable[[str], None]) -> None:
         self._open_host = open_host
+        self._say = say
         self._host = open_host()
         self._facts: Facts | None = None
         self._failed_in_a_row = 0
@@ -130,6 +132,7 @@ class SupervisedScorer:
     def _restart(self, cause: Exception) -> None:
         with self._replacing:
             self._check_open()
+            self._say(f"The engine failed ({cause}) and is started again.")
             self._host.stop()
             self._host = self._open_host()
         try:

@@ -23,8 +23,8 @@ from pear_data.runners.supervised import SupervisedScorer
 
 
 @contextlib.contextmanager
-def supervised(engine):
-    scorer = SupervisedScorer(partial(LocalHost, engine, {}))
+def supervised(engine, say=lambda line: None):
+    scorer = SupervisedScorer(partial(LocalHost, engine, {}), say)
     try:
         yield scorer
     finally:
@@ -78,9 +78,12 @@ def test_several_in_one_batch_the_first_and_the_last_among_them(tmp_path, troubl
 
 
 def test_a_process_killed_from_outside_costs_no_sample(tmp_path):
-    with supervised(Faulty(tmp_path, {"s0": "kill once"})) as scorer:
+    said = []
+    with supervised(Faulty(tmp_path, {"s0": "kill once"}), said.append) as scorer:
         check(batch_of(1), scorer.score(batch_of(1), lambda count: None), [])
     assert len(opened(tmp_path)) == 2
+    reason = "its process was killed by SIGKILL (was the machine out of memory?)"
+    assert said == [f"The engine failed ({reason}) and is started again."]
 
 
 @pytest.mark.parametrize("trouble", ["exit", "no memory"])
@@ -227,7 +230,8 @@ from faulty_engines import Faulty, batch_of
 from pear_data.runners.local_host import LocalHost
 from pear_data.runners.supervised import SupervisedScorer
 
-SupervisedScorer(partial(LocalHost, Faulty(Path(sys.argv[1]), everything="hang"), {})).score(batch_of(3), print)
+engine = Faulty(Path(sys.argv[1]), everything="hang")
+SupervisedScorer(partial(LocalHost, engine, {}), print).score(batch_of(3), print)
 """
 
 

@@ -63,7 +63,8 @@ def test_two_workers_one_of_them_killed_store_what_one_does(store, monkeypatch):
     killer = Killer()
     outcome = score_policy(store, settings.model_copy(update={"policy": "two", "workers": 2}), killer)
     assert len(killer.before) == 2
-    assert killer.said == ["Scoring with transformers, as asked."]
+    assert killer.said[0] == "Scoring with transformers, as asked."
+    assert all("killed by SIGKILL" in line for line in killer.said[1:])
     assert outcome.rejected == 0
     assert not engines()
     verify(store, Silent())
@@ -77,7 +78,7 @@ def test_the_job_goes_on_without_the_samples_that_kill_the_engine(store, tmp_pat
     corpus = store.corpus.to_table()
     ids, records = corpus["sample_id"].to_pylist(), corpus["record"].to_pylist()
     engine = Faulty(tmp_path, {ids[3]: "exit", ids[40]: "no memory"})
-    scorer = SupervisedScorer(partial(LocalHost, engine, {}))
+    scorer = SupervisedScorer(partial(LocalHost, engine, {}), print)
     try:
         outcome = score(store, ScoreSettings(policy="p", model="m"), engine_source(scorer, None), Silent())
     finally:
