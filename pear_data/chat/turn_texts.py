@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from pear_data.chat.control_text import put_back
+from pear_data.chat.control_text import common_prefix, put_back
 from pear_data.chat.messages import REASONING_FIELDS, Message, message_text
 from pear_data.chat.spans import ScoredText
 from pear_data.chat.token_bytes import Ids, Lengths, TokenBytes
@@ -112,12 +112,18 @@ def _bodies(one: TurnText, other: TurnText, message: Message) -> list[Piece]:
         raise SampleError(_different(one, lead, other_lead))
     if tail != other_tail and _framed(texts[-1:], lead=False):
         raise SampleError(_different(one, tail, other_tail))
+    before, after = _common_end(lead, other_lead), common_prefix([tail, other_tail])
+    text = before + core + after
     return [
         _piece(own_lead, others_lead),
-        _piece(lead, other_lead),
-        _piece(core, core),
-        _piece(tail, other_tail),
+        _piece(lead.removesuffix(before), other_lead.removesuffix(before)),
+        _piece(text, text),
+        _piece(tail.removeprefix(after), other_tail.removeprefix(after)),
     ]
+
+
+def _common_end(one: str, other: str) -> str:
+    return common_prefix([one[::-1], other[::-1]])[::-1]
 
 
 def _piece(one: str, other: str) -> Piece:

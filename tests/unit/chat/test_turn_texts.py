@@ -29,6 +29,7 @@ def test_the_same_text_is_one_piece():
     ("one", "other", "content", "want"),
     [
         ("a b", " a b", "a b", [(0, 1, False), (3, 3, True)]),
+        ("a \n", "\ta ", "a", [(0, 1, False), (2, 2, True), (1, 0, False)]),
         ("a\n", "\na ", "a", [(0, 1, False), (1, 1, True), (1, 1, False)]),
         ("<think>\n\n</think>\n\na", "a", "a", [(19, 0, False), (1, 1, True)]),
         ("", "<think></think>", "", [(0, 15, False)]),
@@ -41,7 +42,7 @@ def test_white_space_and_think_tags_of_a_templates_own(one, other, content, want
 def test_a_lead_in_front_of_every_answer_is_the_templates_own():
     leads = ("", "<|channel|>final<|message|>")
     assert pieces("a b", f"{leads[1]}a b", "a b", leads=leads) == [(0, 27, False), (3, 3, True)]
-    assert pieces(" a", f"{leads[1]} a", " a", leads=leads) == [(0, 27, False), (1, 1, True), (1, 1, True)]
+    assert pieces(" a", f"{leads[1]} a", " a", leads=leads) == [(0, 27, False), (2, 2, True)]
     with pytest.raises(SampleError, match="different texts"):
         pieces(" a", f"{leads[1]}a", " a", leads=leads)
     with pytest.raises(SampleError, match="different texts"):
