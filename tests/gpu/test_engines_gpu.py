@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_models import corpus, reference_logprobs, save_model
 from transformers import AutoModelForCausalLM
+from vllm_models import groups, save_large_logits
 
 from pear_data.engines.base import Engine
 from pear_data.engines.transformers_engine import TransformersEngine
@@ -87,6 +88,43 @@ def test_vllm_engine(
     noise = np.abs(expected(kind, "bfloat16") - exact).max() if dtype == "bfloat16" else 0.0
     name = f"vllm {engine.identity()['path']} {kind} {dtype}"
     check(name, scored(engine, batch), exact, 1e-3 + 2 * noise)
+
+
+def test_vllm_runs_a_shared_prompt_once(model_dir: Any, scored: Any) -> None:
+    """Of 13 requests the first of each of three groups runs its prompt; none has to be asked for again."""
+    engine = VllmEngine(model_dir("qwen2"), dtype="float32", engine_args={"gpu_memory_utilization": 0.5})
+    cached: list[int] = []
+    generate = engine._process.generate
+
+    def watched(prompts: Any, parameters: Any) -> Iterator[tuple[int, Any]]:
+        for index, output in generate(prompts, parameters):
+            cached.append(output.num_cached_tokens)
+            yield index, output
+
+    engine._process.generate = watched
+    grouped = groups()
+    found = scored(engine, grouped)
+    exact = reference_logprobs(model_dir("qwen2"), grouped, "cuda")
+    check(f"vllm {engine.identity()['path']} grouped", found, exact, 1e-3)
+    assert engine.identity()["engine_arg.gpu_memory_utilization"] == 0.5
+    print(f"tokens found in the cache: {sorted(cached)}")
+    if engine.identity()["path"] == "targets":
+        assert len(cached) == 13
+        assert sorted(cached)[:3] == [0] * 3
+        assert sorted(cached)[3] >= 128
+
+
+def test_a_float32_head_of_vllm_is_nearer_to_float32(model_dir: Any, scored: Any, tmp_path: Any) -> None:
+    model = save_large_logits(model_dir("qwen2"), tmp_path / "large-logits")
+    exact = reference_logprobs(model, groups(), "cuda")
+    error = {}
+    for head_dtype in ("model", "float32"):
+        engine = VllmEngine(model, dtype="bfloat16", head_dtype=head_dtype, tensor_parallel=1)
+        assert engine.identity() | {"head_dtype": head_dtype, "tensor_parallel": 1} == engine.identity()
+        error[head_dtype] = np.abs(scored(engine, groups()) - exact).mean()
+        engine.close()
+    print(f"mean error by head: {error}")
+    assert error["float32"] < 0.7 * error["model"]
 
 
 def test_memory_does_not_follow_the_vocabulary(model_dir: Any, batch: TokenBatch) -> None:

@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-import torch
-from quantised_model import save_quantised
-from tiny_models import VOCAB, batch_of, reference_logprobs, save_batch, turns
-from transformers import AutoModelForCausalLM
+from tiny_models import reference_logprobs, save_batch
+from vllm_models import groups, save_large_logits, save_quantised
 
 from pear_data.tokens import TokenBatch
 
@@ -45,28 +43,6 @@ JOBS: dict[str, dict[str, tuple[str, dict[str, Any], list[str]]]] = {
 }
 
 
-def groups() -> TokenBatch:
-    """Several responses to each of three prompts, in any order: some begin alike, two are equal, one scores more."""
-    rng = np.random.default_rng(5)
-    ids, masks = [], []
-    for prompt_length in (290, 256, 140):  # 256: where a block of vLLM's cache ends too
-        prompt = rng.integers(0, VOCAB, prompt_length, dtype=np.int32)
-        opening = rng.integers(0, VOCAB, 6, dtype=np.int32)
-        for shared, own in ((0, 30), (3, 20), (6, 41), (0, 1), (6, 25)):
-            response = np.concatenate((opening[:shared], rng.integers(0, VOCAB, own, dtype=np.int32)))
-            ids.append(np.concatenate((prompt, response)))
-            masks.append(turns(prompt_length, len(response)))
-        ids.append(ids[-1])
-        masks.append(
-            masks[-1] if prompt_length == 290 else turns(40, 60, prompt_length - 90, len(response) - 10)
-        )
-    order = rng.permutation(len(ids))
-    template = batch_of([masks[i] for i in order])
-    return TokenBatch(
-        template.sample_ids, np.concatenate([ids[i] for i in order]), template.loss_mask, template.offsets
-    )
-
-
 @pytest.fixture(scope="module")
 def models(
     model_dir: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
@@ -83,15 +59,6 @@ def models(
         return (model_dir(kind),) * 2
 
     return directories
-
-
-def save_large_logits(qwen2: str, folder: Path) -> str:
-    """A model with weights of 16 bits and logits that are large by the same amount: their rounding is the error."""
-    model = AutoModelForCausalLM.from_pretrained(qwen2).bfloat16().float()
-    with torch.no_grad():
-        model.lm_head.weight[:, 0] = 32.0
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

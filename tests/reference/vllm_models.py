@@ -1,14 +1,17 @@
-"""A tiny model of 8-bit weights and activations, head included, as `compressed-tensors` stores it, and in float32."""
+"""What vLLM is tested with beyond the tiny models: grouped samples, large logits, a quantised model."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
-from tiny_models import VOCAB
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import VOCAB, batch_of, turns
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pear_data.tokens import TokenBatch
 
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
 QUANTIZATION = {
@@ -26,8 +29,39 @@ QUANTIZATION = {
 }
 
 
+def groups() -> TokenBatch:
+    """Several responses to each of three prompts, in any order: some begin alike, two are equal, one scores more."""
+    rng = np.random.default_rng(5)
+    ids, masks = [], []
+    for prompt_length in (290, 256, 140):  # 256: where a block of vLLM's cache ends too
+        prompt = rng.integers(0, VOCAB, prompt_length, dtype=np.int32)
+        opening = rng.integers(0, VOCAB, 6, dtype=np.int32)
+        for shared, own in ((0, 30), (3, 20), (6, 41), (0, 1), (6, 25)):
+            response = np.concatenate((opening[:shared], rng.integers(0, VOCAB, own, dtype=np.int32)))
+            ids.append(np.concatenate((prompt, response)))
+            masks.append(turns(prompt_length, len(response)))
+        ids.append(ids[-1])
+        masks.append(
+            masks[-1] if prompt_length == 290 else turns(40, 60, prompt_length - 90, len(response) - 10)
+        )
+    order = rng.permutation(len(ids))
+    template = batch_of([masks[i] for i in order])
+    return TokenBatch(
+        template.sample_ids, np.concatenate([ids[i] for i in order]), template.loss_mask, template.offsets
+    )
+
+
+def save_large_logits(qwen2: str, folder: Path) -> str:
+    """A model with weights of 16 bits and logits that are large by the same amount: their rounding is the error."""
+    model = AutoModelForCausalLM.from_pretrained(qwen2).bfloat16().float()
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] = 32.0
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def save_quantised(folder: Path) -> tuple[str, str]:
-    """Directories of the quantised model and of a float32 one whose weights are those the quantised one stands for."""
+    """Directories of a model of 8-bit weights and activations, head included, and of its weights in plain float32."""
     torch.manual_seed(11)
     config = LlamaConfig(
         vocab_size=VOCAB,
