@@ -16,6 +16,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from pear_data.engines.allocator import keep_freed_memory
 from pear_data.engines.base import OnTokens
 from pear_data.engines.batching import (
     check_lengths,
@@ -72,6 +73,8 @@ class TransformersEngine:
         trust_remote_code: bool = False,
     ) -> None:
         self._device = _resolve_device(device)
+        if self._device == "cpu":
+            keep_freed_memory()
         self._dtype = resolve_dtype(dtype, self._device)
         config = load_config(model, revision, trust_remote_code)
         self.max_length = resolve_max_length(config, max_length, model)
