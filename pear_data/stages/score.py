@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from pear_data.config import ScoreSettings
+from pear_data.errors import PearError
 from pear_data.progress import OneAtATime, Outcome, Progress
 from pear_data.schema import STATUS_OK
 from pear_data.stages.opened_source import open_source
@@ -77,7 +78,8 @@ def _score_shards(
     store: Store, key: str, pending: Sequence[Shard], source: PolicySource, progress: Progress
 ) -> None:
     """Each worker's thread reads and writes shards of its own; only this thread enters them in the manifest."""
-    source = replace(source, check_batch=_one_at_a_time(source.check_batch))
+    stopping = threading.Event()
+    source = replace(source, check_batch=_guarded(source.check_batch, stopping))
     with ThreadPoolExecutor(source.workers) as threads:
         scoring = [threads.submit(score_shard, store, key, shard, source, progress) for shard in pending]
         try:
@@ -88,17 +90,20 @@ def _score_shards(
                 _say_failures(entry, failures, progress)
         except BaseException:
             # Or the threads would score on to the end of their shards.
+            stopping.set()
             source.close()
             threads.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _one_at_a_time(check: Callable[[TokenBatch], None]) -> Callable[[TokenBatch], None]:
-    """`check` for several threads: a tokenizer bears one at a time."""
+def _guarded(check: Callable[[TokenBatch], None], stopping: threading.Event) -> Callable[[TokenBatch], None]:
+    """`check` for several threads, because a tokenizer bears one at a time; it lets no batch pass when `stopping`."""
     checking = threading.Lock()
 
     def guarded(batch: TokenBatch) -> None:
         with checking:
+            if stopping.is_set():
+                raise PearError("scoring was stopped")
             check(batch)
 
     return guarded

@@ -92,10 +92,8 @@ class Faulty:
                     os.kill(os.getpid(), signal.SIGKILL)
             case "no memory":
                 raise MemoryError
-            case "no torch memory":
-                import torch
-
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            case "no cpu memory" | "no gpu memory":
+                out_of_memory(what)
             case "dead":
                 raise PearError("vLLM stopped scoring with m: EngineDeadError")
             case "usage":
@@ -104,6 +102,15 @@ class Faulty:
                 child = subprocess.Popen(["sleep", "600"])
                 (self.folder / "hanging").write_text(str(child.pid))
                 time.sleep(600)
+
+
+def out_of_memory(what):
+    """As torch says it on each device; on a CPU it is torch itself."""
+    import torch
+
+    if what == "no cpu memory":
+        torch.empty(2**50)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
 def opened(folder: Path) -> list[int]:

@@ -50,7 +50,12 @@ def check(batch, scored, failed):
         ("kill", "its process was killed by SIGKILL (was the machine out of memory?)", 7),
         ("no memory", "out of memory (MemoryError: no message)", 1),
         (
-            "no torch memory",
+            "no cpu memory",
+            "out of memory (RuntimeError: [enforce fail at",
+            1,
+        ),
+        (
+            "no gpu memory",
             "out of memory (OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB)",
             1,
         ),
@@ -62,7 +67,7 @@ def test_the_one_sample_at_fault_is_found(tmp_path, trouble, reason, engines):
     with supervised(Faulty(tmp_path, {"s5": trouble})) as scorer:
         scored = scorer.score(batch, counts.append)
         check(batch, scored, [5])
-        assert scored.failures[5] == reason
+        assert scored.failures[5].startswith(reason)
         # 8, 4, 2 and 1 samples failed; a process that was lost may have been killed by anyone: two tries more.
         assert len(opened(tmp_path)) == engines
         assert sum(counts) == batch.num_tokens.sum()

@@ -28,21 +28,22 @@ from pear_data.store import writable_store
 NODE = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 
 
-@pytest.fixture
-def cluster(monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+@pytest.fixture(scope="module")
+def cluster():
     # The paths of Ray's sockets must be short, so not in tmp_path.
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    monkeypatch.setenv("RAY_TMPDIR", folder)
-    made = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 2})
-    try:
-        made.add_node(**NODE, num_cpus=2)
-        yield made
-    finally:
-        ray.shutdown()
-        made.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-        assert not engines_of(os.getpid())
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_TMPDIR", folder)
+        made = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 2})
+        try:
+            made.add_node(**NODE, num_cpus=2)
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+            assert not engines_of(os.getpid())
 
 
 @pytest.fixture
@@ -103,6 +104,16 @@ class Saboteur(Silent):
         return found[0]
 
 
+def test_no_room_and_no_cluster_are_one_line(cluster, store, monkeypatch):
+    monkeypatch.setattr(ray_host, "PLACEMENT_SECONDS", 1.0)
+    crowd = settings("ray", runner="ray", ray_address=cluster.address, workers=5)
+    with pytest.raises(PearError, match="Ray found no room for a worker within 1 s: lower --workers"):
+        score_policy(store, crowd, Silent())
+    assert not ray.is_initialized()
+    with pytest.raises(PearError, match="no Ray cluster at 127.0.0.1:1 "):
+        score_policy(store, crowd.model_copy(update={"ray_address": "127.0.0.1:1"}), Silent())
+
+
 def test_a_lost_worker_and_a_lost_node_cost_no_sample_and_change_no_number(cluster, store, capfd):
     score_policy(store, settings("local"), Silent())
     saboteur = Saboteur(cluster)
@@ -124,13 +135,3 @@ def test_a_lost_worker_and_a_lost_node_cost_no_sample_and_change_no_number(clust
     assert distributed.equals(local)
     stages = opened.manifest.stages
     assert stages["scores/ray"].settings == stages["scores/local"].settings
-
-
-def test_no_room_and_no_cluster_are_one_line(cluster, store, monkeypatch):
-    monkeypatch.setattr(ray_host, "PLACEMENT_SECONDS", 1.0)
-    crowd = settings("ray", runner="ray", ray_address=cluster.address, workers=5)
-    with pytest.raises(PearError, match="Ray found no room for a worker within 1 s: lower --workers"):
-        score_policy(store, crowd, Silent())
-    assert not ray.is_initialized()
-    with pytest.raises(PearError, match="no Ray cluster at 127.0.0.1:1 "):
-        score_policy(store, crowd.model_copy(update={"ray_address": "127.0.0.1:1"}), Silent())

@@ -262,3 +262,25 @@ def test_an_error_in_one_thread_ends_the_others_and_keeps_what_is_committed(fold
     stage = open_store(folder).stage("scores/new")
     assert not stage.complete
     assert [shard.name for shard in stage.shards] == ["part-00001"]
+
+
+def test_without_an_engine_to_end_the_others_stop_at_their_next_batch(folder):
+    scored = []
+
+    class Slow(FaultyScorer):
+        """Fails in the second shard while the first is at its first row group."""
+
+        def score(self, batch, on_tokens):
+            if self.fail_on in batch.sample_ids:
+                raise RuntimeError("the engine died")
+            scored.append(batch.sample_ids)
+            failed.wait(30)
+            return super().score(batch, on_tokens)
+
+    failed = threading.Event()
+    with writable_store(folder) as store:
+        source = replace(engine_source(Slow(fail_on="s8"), None), workers=2, close=failed.set)
+        with pytest.raises(RuntimeError, match="the engine died"):
+            score(store, ScoreSettings(policy="new", model="m"), source, Silent())
+    assert len(scored) <= 2  # calls of the group that was at work
+    assert not open_store(folder).stage("scores/new").shards
