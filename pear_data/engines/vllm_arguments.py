@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pear_data.engines.checkpoint import NO_LIMIT
+from pear_data.engines.checkpoint import NO_LIMIT, rope_switch
 from pear_data.engines.dtypes import resolve_dtype
 from pear_data.engines.vllm_paths import ScoringPath
 from pear_data.engines.vllm_prefixes import MAX_TARGETS
@@ -121,6 +121,20 @@ def model_dtype(requested: str, device: str, config: Any, given: EngineArgs) -> 
     quantised = stored or given.get("quantization") or given.get("quantization_config")
     resolved = resolve_dtype(requested, device)
     return "auto" if requested == "auto" and quantised else resolved
+
+
+def check_rope(config: Any, max_length: int, model: str) -> None:
+    """Raise UsageError where vLLM would rotate short samples otherwise than transformers does.
+
+    Long RoPE has one set of factors for samples up to the original length and another for longer ones. vLLM takes one
+    of them for all samples, by `max_model_len`; a tiny model's log-probs were seen to differ by 6.
+    """
+    switch = rope_switch(config)
+    if switch is not None and max_length >= switch:
+        raise UsageError(
+            f"{model}: with samples of {switch} tokens or more vLLM applies the long RoPE factors to short ones "
+            f"too; give --max-length {switch - 1} or --engine transformers"
+        )
 
 
 def max_model_len(max_length: int) -> int | None:

@@ -18,6 +18,7 @@ from pear_data.engines.model_identity import model_identity
 from pear_data.engines.vllm_arguments import (
     FIXED,
     check_engine_args,
+    check_rope,
     environment,
     max_model_len,
     memory_arguments,
@@ -74,6 +75,7 @@ class VllmEngine:
         given = engine_args or {}
         config = load_config(model, revision, trust_remote_code)
         self.max_length = resolve_max_length(config, max_length, model)
+        check_rope(config, self.max_length, model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and tensor_parallel > torch.cuda.device_count():
             raise UsageError(

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MambaConfig
+from transformers import LlamaConfig, MambaConfig, Phi3Config
 from vllm import EngineArgs
 
 from pear_data.engines import vllm_arguments
 from pear_data.engines.checkpoint import NO_LIMIT
 from pear_data.engines.vllm_arguments import (
     check_engine_args,
+    check_rope,
     environment,
     max_model_len,
     memory_arguments,
@@ -125,6 +126,23 @@ def test_dtype_of_quantised_models_is_left_to_vllm() -> None:
     assert model_dtype("auto", "cpu", SimpleNamespace(), {}) == "float32"
     with pytest.raises(UsageError, match="--dtype int8"):
         model_dtype("int8", "cpu", quantised, {})
+
+
+def test_long_rope_of_samples_on_both_sides_of_the_original_length() -> None:
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    phi = Phi3Config(
+        hidden_size=128,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        original_max_position_embeddings=256,
+        rope_parameters={**factors, "rope_theta": 1e4},
+    )
+    check_rope(phi, 255, "phi")
+    for max_length in (256, 1024):
+        with pytest.raises(UsageError, match="phi: .* give --max-length 255 or --engine transformers"):
+            check_rope(phi, max_length, "phi")
+    check_rope(CONFIG, 4096, "llama")
+    check_rope(MambaConfig(), NO_LIMIT, "mamba")
 
 
 def test_max_model_len() -> None:
