@@ -106,13 +106,13 @@ def _bodies(one: TurnText, other: TurnText, message: Message) -> list[Piece]:
     other_lead, other_core, other_tail = _parted(other_body)
     if core != other_core:
         raise SampleError(_different(one, core, other_core))
-    texts = _own_texts(message)
-    thinks_alike = _with_thinking(one.before, lead) == _with_thinking(other.before, other_lead)
-    if lead != other_lead and not thinks_alike and _framed(texts[:1], lead=True):
-        raise SampleError(_different(one, lead, other_lead))
-    if tail != other_tail and _framed(texts[-1:], lead=False):
-        raise SampleError(_different(one, tail, other_tail))
     before, after = _common_end(lead, other_lead), common_prefix([tail, other_tail])
+    own_front, own_back = _own_edges(message)
+    thinks_alike = _with_thinking(one.before, lead) == _with_thinking(other.before, other_lead)
+    if lead != other_lead and not (before.endswith(own_front) or thinks_alike):
+        raise SampleError(_different(one, lead, other_lead))
+    if tail != other_tail and not after.startswith(own_back):
+        raise SampleError(_different(one, tail, other_tail))
     text = before + core + after
     return [
         _piece(own_lead, others_lead),
@@ -148,15 +148,11 @@ def _parted(body: str) -> tuple[str, str, str]:
     return lead, core, behind[len(core) :]
 
 
-def _own_texts(message: Message) -> list[str]:
-    """What a message gives its turn to say, first and last."""
+def _own_edges(message: Message) -> tuple[str, str]:
+    """The white space and think tags that a message itself brings to the front and to the back of its turn."""
     fields: Iterable[object] = (*(message.get(field) for field in REASONING_FIELDS), message_text(message))
-    return [text for text in fields if isinstance(text, str) and text]
-
-
-def _framed(texts: Sequence[str], *, lead: bool) -> bool:
-    """Whether a text brings white space or a think tag of its own to its edge."""
-    return any(_parted(text)[0 if lead else 2] for text in texts)
+    texts = [text for text in fields if isinstance(text, str) and text] or [""]
+    return _parted(texts[0])[0], _parted(texts[-1])[2]
 
 
 def _with_thinking(before: str, lead: str) -> str:

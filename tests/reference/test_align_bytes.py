@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import unicodedata
 from functools import cache
 
 import numpy as np
@@ -20,6 +21,7 @@ from pear_data.corpus.batches import token_batch
 from pear_data.demo import asset
 from pear_data.errors import SampleError
 from pear_data.progress import Silent
+from pear_data.stages.foreign_rows import ReadRow
 from pear_data.stages.foreign_source import common_spans_of, foreign_text
 from pear_data.stages.ingest import ingest
 from pear_data.stages.score import score_policy
@@ -209,6 +211,56 @@ def test_spans_are_those_of_a_byte_level_brute_force(stores, foreign, own, other
     several = (flat > 1).sum(axis=0)
     print(f"{own} and {other}: {len(flat)} spans of {flat.sum(axis=0)} tokens, {several} of several tokens")
     assert (several > 5).all()
+
+
+ALPHABET = [
+    *"abcXYZ \n\t.,'\"-_<>|[]/{}0123456789",
+    *"éüñğ漢字仮名한국어עבריתالعربية😀👩‍👧🏳️🌈​\ufeff\u00a0ĠĊ",
+    *("e\u0301", "ក្ន", "▁", "<0x0A>", "\r\n", " " * 7, "the ", "ing", "return", "</think>"),
+    *("<|im_end|>", "</s>", "<s>", "[INST]", "<|eot_id|>", "<|endoftext|>", "<think>"),
+]
+
+
+def random_conversations(seed):
+    rng = random.Random(seed)
+
+    def text():
+        return "".join(rng.choices(ALPHABET, k=rng.randrange(50)))
+
+    return [
+        turns(*(f"q{text()}q" if n % 2 == 0 else text() for n in range(2 * rng.randint(1, 3))))
+        for _ in range(150)
+    ]
+
+
+def readable(text, own, other):
+    """Whether both tokenizers and templates keep a text as it is, or change it alike."""
+    if "sentence piece" in (own, other) and "▁" in text:
+        return False  # SentencePiece takes it for a space
+    if "bundled" in (own, other) and unicodedata.normalize("NFC", text) != text:
+        return False  # it composes characters
+    return "byte level" not in (own, other) or text == text.strip()  # Llama's template trims
+
+
+@pytest.mark.parametrize(("own", "other"), PAIRS)
+def test_random_texts_are_aligned_or_refused_for_what_their_tokenizers_change(tmp_path, foreign, own, other):
+    conversations = random_conversations(7)
+    folder = ingested(
+        tmp_path, [{"messages": messages} for messages in conversations], tokenizer=foreign[own]
+    )
+    batch, rows = read_rows(open_store(folder), foreign[other])
+    aligned = 0
+    for index, (messages, row) in enumerate(zip(conversations, rows, strict=True)):
+        fit = all(readable(turn["content"], own, other) for turn in messages[1::2])
+        assert isinstance(row, ReadRow) == fit, messages
+        if fit:
+            want = expected_spans(batch, index, row, token_bytes(foreign[own]), token_bytes(foreign[other]))
+            tokens, other_last = common_spans_of([row])
+            found = zip(tokens.tolist(), np.diff(other_last, prepend=-1).tolist(), strict=True)
+            assert [*found] == want
+            aligned += 1
+    print(f"{own} and {other}: {aligned} of {len(rows)} conversations aligned")
+    assert aligned > len(rows) / 10
 
 
 @pytest.mark.parametrize("other", ["sentence piece", "byte level"])

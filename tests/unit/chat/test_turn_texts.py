@@ -55,6 +55,8 @@ def test_a_think_tag_may_be_the_generation_prompts():
     before = ("<assistant>\n", "<assistant><think>\n")
     assert pieces(body, without, body, before)[:2] == [(8, 0, False), (len(without), len(without), True)]
     assert pieces(body, without, "a", before, reasoning_content="why")[0] == (8, 0, False)
+    assert pieces(f" {body}", without, body, before)[0] == (9, 0, False)
+    assert pieces(f" {body}", body, body) == [(1, 0, False), (len(body), len(body), True)]
     with pytest.raises(SampleError, match="different texts"):
         pieces(body, without, body, ("<assistant>\n", "<assistant>"))
 
@@ -66,6 +68,8 @@ def test_a_think_tag_may_be_the_generation_prompts():
         ("  a", "a", "  a"),
         ("a\n", "a", "a\n"),
         ("a", THINK + "a", "a"),
+        ("<think>\n\nwhy</think>", "<think>\nwhy</think>", "<think>\n\nwhy</think>"),
+        ("<think></think>  a", "a", "  a"),
         ("A", "a", "A"),
         ("   ", "", "   "),
     ],
