@@ -20,14 +20,10 @@ def matmul_floor(folder: str, dtype: str, device: str) -> Callable[[TokenBatch],
     scored tokens; and of attention the two products, each half of a square.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(config)
+    config, body, head_shape = _shapes(folder)
     kind: Any = {"dtype": getattr(torch, dtype), "device": device}
-    body = [m.weight.shape for name, m in meta.base_model.named_modules() if isinstance(m, torch.nn.Linear)]
-    head = torch.randn(meta.get_output_embeddings().weight.shape, **kind)
+    head = torch.randn(head_shape, **kind)
     weights = {shape: torch.randn(shape, **kind) for shape in set(body)}
     heads, depth = config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
@@ -36,7 +32,7 @@ def matmul_floor(folder: str, dtype: str, device: str) -> Callable[[TokenBatch],
         return [torch.randn(min(size, count - first), width, **kind) for first in range(0, count, size)]
 
     def run(batch: TokenBatch) -> None:
-        needed = [int(np.flatnonzero(m)[-1]) for m in np.split(batch.loss_mask, batch.offsets[1:-1])]
+        needed = _needed(batch)
         inputs = {width: rows(sum(needed), width) for width in {shape[1] for shape in body}}
         with torch.inference_mode():
             for shape in body:
@@ -55,3 +51,29 @@ def matmul_floor(folder: str, dtype: str, device: str) -> Callable[[TokenBatch],
             torch.cuda.synchronize()
 
     return run
+
+
+def matmul_flops(folder: str, batch: TokenBatch) -> float:
+    """Floating-point operations of those products."""
+    config, body, head = _shapes(folder)
+    needed = np.array(_needed(batch), dtype=np.float64)
+    layers = 2 * needed.sum() * sum(float(np.prod(shape)) for shape in body)
+    attention = 2 * config.num_hidden_layers * config.hidden_size * float((needed**2).sum())
+    return float(layers + attention + 2 * batch.loss_mask.sum() * np.prod(head))
+
+
+def _shapes(folder: str) -> tuple[Any, list[tuple[int, ...]], tuple[int, ...]]:
+    """The configuration, the shape of every linear layer of the body, and that of the head."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        meta = AutoModelForCausalLM.from_config(config)
+    body = [tuple(m.weight.shape) for m in meta.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    return config, body, tuple(meta.get_output_embeddings().weight.shape)
+
+
+def _needed(batch: TokenBatch) -> list[int]:
+    """Tokens of each sample before its last scored one."""
+    return [int(np.flatnonzero(mask)[-1]) for mask in np.split(batch.loss_mask, batch.offsets[1:-1])]

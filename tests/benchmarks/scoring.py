@@ -25,10 +25,12 @@ from typing import Any
 
 import click
 import numpy as np
+from matmul_floor import matmul_floor, matmul_flops
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from pear_data.engines.allocator import keep_freed_memory
 from pear_data.engines.batching import spans
 from pear_data.tokens import TokenBatch
 
@@ -96,7 +98,8 @@ def _plain(model: Any, batch: TokenBatch, rows_per_batch: int) -> np.ndarray:
             attention_mask=attention.to(model.device) if len(ids) > 1 else None,
             use_cache=False,
         ).logits[:, :-1]
-        logprobs = logits.float().log_softmax(-1).gather(-1, padded[:, 1:, None])[..., 0].cpu().numpy()
+        exact = logits if logits.dtype == torch.float64 else logits.float()
+        logprobs = exact.log_softmax(-1).gather(-1, padded[:, 1:, None])[..., 0].cpu().numpy()
         for place, row in enumerate(rows):
             scored = np.flatnonzero(batch.loss_mask[slice(*batch.offsets[row : row + 2])])
             found.append(logprobs[place, scored - 1])
@@ -113,10 +116,11 @@ def _load(folder: str, dtype: str, device: str) -> Any:
 
 
 def _open(method: str, folder: str, dtype: str, device: str, forward_tokens: int | None) -> Score:
-    if method in ("naive", "padded8", "float64"):
-        model = _load(folder, dtype, device)
-        if method == "float64":
-            model = model.double()
+    if method in ("naive", "padded8", "exact"):
+        # float64 where it is affordable; on a GPU the reference is float32.
+        model = _load(
+            folder, ("float64" if device == "cpu" else "float32") if method == "exact" else dtype, device
+        )
         rows = 8 if method == "padded8" else 1
         return lambda batch: _plain(model, batch, rows)
     if method == "vllm":
@@ -125,8 +129,7 @@ def _open(method: str, folder: str, dtype: str, device: str, forward_tokens: int
         vllm = VllmEngine(folder, dtype=dtype)
         return lambda batch: vllm.score(batch, lambda tokens: None)
     if method == "floor":
-        from matmul_floor import matmul_floor
-
+        keep_freed_memory()  # as our engine does
         return matmul_floor(folder, dtype, device)
     from pear_data.engines.transformers_engine import TransformersEngine
 
@@ -192,7 +195,7 @@ class Runner:
         self._process.kill()
 
 
-def _make_model(folder: Path, size: str) -> str:
+def _make_model(folder: Path, size: str, dtype: str) -> str:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -201,7 +204,7 @@ def _make_model(folder: Path, size: str) -> str:
     model = Qwen2ForCausalLM(config)
     with torch.no_grad():
         model.get_output_embeddings().weight.normal_(std=0.05)  # log-probs that spread over a few nats
-    model.save_pretrained(folder / size)
+    model.to(getattr(torch, dtype)).save_pretrained(folder / size)
     return str(folder / size)
 
 
@@ -230,9 +233,9 @@ def main(
     batch = corpus(samples, SIZES[size]["vocab_size"], shared)
     console = Console()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _make_model(Path(scratch), size)
+        folder = _make_model(Path(scratch), size, dtype)
         common = (threads, batch, folder, dtype, device, forward_tokens)
-        exact = Runner("float64", threads, batch, folder, "float32", device, None)
+        exact = Runner("exact", threads, batch, folder, dtype, device, None)
         reference = exact.first[2]
         exact.close()
         runners = {method: Runner(method, *common) for method in methods.split(",")}
@@ -241,12 +244,26 @@ def main(
                 runner.seconds.append(runner.run()[0])
         for runner in runners.values():
             runner.close()
+        flops = matmul_flops(folder, batch)
     scored = int(batch.loss_mask.sum())
     console.print(
         f"{size} {dtype} {device}, {threads} threads: {samples} samples, {batch.offsets[-1]:,} tokens, "
         f"{scored / batch.offsets[-1]:.0%} scored, longest {batch.num_tokens.max():,}; {rounds} rounds"
     )
     console.print(_table(runners, reference, int(batch.offsets[-1])))
+    if device == "cuda":
+        _utilisation(console, runners, flops)
+
+
+def _utilisation(console: Console, runners: dict[str, Runner], flops: float) -> None:
+    import torch
+
+    name = torch.cuda.get_device_name()
+    peak = next((peak for known, peak in PEAK_FLOPS.items() if name.startswith(known)), None)
+    for method, runner in runners.items():
+        rate = flops / statistics.median(runner.seconds)
+        share = f", {rate / peak:.1%} of {name}'s peak" if peak else ""
+        console.print(f"{method}: {rate / 1e12:,.1f} TFLOP/s of needed matrix products{share}")
 
 
 def _table(runners: dict[str, Runner], reference: np.ndarray | None, tokens: int) -> Table:
