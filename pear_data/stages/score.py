@@ -123,7 +123,12 @@ def _outcome(store: Store, key: str, resumed: int) -> Outcome:
         statuses.update(shard.counts)
     rejected = sum(count for status, count in statuses.items() if status != STATUS_OK)
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
+    quarantined = sum(shard.quarantined for shard in stage.shards)
+    set_aside = (
+        f"; {quarantined:,} with their reasons in the store's quarantine folder" if quarantined else ""
+    )
     earlier = f"; {resumed} of {len(stage.shards)} shards were there already" if resumed else ""
     return Outcome(
-        f"{key}: {stage.num_scored:,} scored tokens in {stage.rows:,} samples ({counts}){earlier}", rejected
+        f"{key}: {stage.num_scored:,} scored tokens in {stage.rows:,} samples ({counts}){set_aside}{earlier}",
+        rejected,
     )
