@@ -7,13 +7,16 @@ compared with that of plain transformers in bfloat16, the best that number type 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import corpus, reference_logprobs, save_model
+from test_packed_attention import PACKED
+from test_packed_attention import corpus as packed_corpus
+from tiny_models import CONFIGS, VOCAB, corpus, reference_logprobs, save_model
 from transformers import AutoModelForCausalLM
 from vllm_models import groups, save_large_logits
 
@@ -69,10 +72,28 @@ def test_transformers_engine(
     kind: str, dtype: str, model_dir: Any, expected: Any, batch: TokenBatch, scored: Any
 ) -> None:
     engine = TransformersEngine(model_dir(kind), dtype=dtype)
-    assert engine.identity() | {"device": "cuda", "head": "blocked", "dtype": dtype} == engine.identity()
+    expected_identity = {"device": "cuda", "head": "blocked", "attention": "packed", "dtype": dtype}
+    assert engine.identity() | expected_identity == engine.identity()
     exact = expected(kind, "float32")
     noise = np.abs(expected(kind, "bfloat16") - exact).max() if dtype == "bfloat16" else 0.0
     check(f"transformers {kind} {dtype}", scored(engine, batch), exact, 5e-5 + 1.5 * noise)
+
+
+@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packs_with_shared_prompts(
+    kind: str, dtype: str, scored: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    """In bfloat16 the variable-length kernel of torch computes what the loop over sequences does in float32."""
+    monkeypatch.setitem(CONFIGS, "model", PACKED[kind])
+    model, batch = save_model(tmp_path, "model"), packed_corpus()
+    exact = reference_logprobs(model, batch, "cuda")
+    noise = 0.0
+    if dtype == "bfloat16":
+        noise = float(np.abs(reference_logprobs(model, batch, "cuda", torch.bfloat16) - exact).max())
+    engine = TransformersEngine(model, dtype=dtype)
+    assert engine.identity()["attention"] == "packed"
+    check(f"packed {kind} {dtype}", scored(engine, batch), exact, 5e-5 + 1.5 * noise)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama-tied"])
@@ -131,6 +152,8 @@ def test_memory_does_not_follow_the_vocabulary(model_dir: Any, batch: TokenBatch
     """The peak of scoring stays under a third of what one [tokens, vocabulary] float32 array would take."""
     engine = TransformersEngine(model_dir("qwen2"), dtype="float32")
     many = batch.take([*range(len(batch))] * 8)
+    copies = np.repeat(np.arange(8, dtype=np.int32), len(batch.input_ids))
+    many = replace(many, input_ids=(many.input_ids + copies) % VOCAB)  # equal samples would be scored once
     model = AutoModelForCausalLM.from_pretrained(model_dir("qwen2"))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
