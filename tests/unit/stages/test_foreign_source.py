@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 
 import numpy as np
 import pytest
@@ -275,3 +276,22 @@ def test_a_row_group_that_cannot_be_compared_at_all(corpus, foreign):
     assert (scores.status.tolist(), seen) == (["unaligned"], [])
     assert counted == [table["num_tokens"][0].as_py()]
     assert scores.spans.per_row.tolist() == [0]
+
+
+def test_a_template_that_writes_the_date_gets_that_of_the_corpus_or_of_the_day_scoring_began(
+    corpus, tmp_path, foreign
+):
+    dated = "{{ strftime_now('%Y-%m-%d') }}"
+    model = save_tokenizer(tmp_path / "dated", dated + template())
+    store = corpus([turns("q", "a")])
+    assert opened(store, model).settings["chat_template_date"] == date.today().isoformat()
+    with writable_store(store.path) as writable:
+        writable.begin("scores/behavior", {"chat_template_date": "2001-02-03"})
+        store = writable
+        assert opened(store, model).settings["chat_template_date"] == "2001-02-03"
+        (row,) = read(store, model)[1]
+        text = AutoTokenizer.from_pretrained(model).decode(row.samples[0].input_ids)
+        assert text.startswith("2001-02-03[user]q")
+        store.manifest.stages["corpus"].settings["chat_template_date"] = "2002-03-04"
+        assert opened(store, model).settings["chat_template_date"] == "2002-03-04"
+    assert "chat_template_date" not in opened(store, foreign).settings
