@@ -77,7 +77,7 @@ def check_engine_args(given: EngineArgs) -> None:
         if key in _REFUSED:
             raise UsageError(f"--engine-arg {key}: {_REFUSED[key]}")
         if key not in known:
-            near = difflib.get_close_matches(key, known)
+            near = difflib.get_close_matches(key, known, cutoff=0.4)
             hint = f"did you mean {', '.join(near)}?" if near else "see `vllm serve --help=all`"
             raise UsageError(f"--engine-arg {key}: the installed vLLM has no such argument; {hint}")
 

@@ -105,7 +105,9 @@ class VllmProcess:
         if text.startswith(_SEE_LOG):
             self._log.seek(0)
             logged = _RAISED.findall(self._log.read().decode(errors="replace"))
-            return str(logged[-1]).strip() if logged else text
+            # A process that waits for others ends with a reference to theirs.
+            causes = [line.strip() for line in logged if "root cause" not in line]
+            return causes[-1] if causes else text
         invalid = _INVALID.search(text)
         if invalid:
             return ": ".join(part for part in invalid.groups() if part)

@@ -34,6 +34,7 @@ CONFIG = LlamaConfig(num_hidden_layers=32, num_attention_heads=32, num_key_value
         ("data_parallel_size", "--engine-arg data_parallel_size: --workers N"),
         ("hf_token", "set HF_TOKEN in the environment"),
         ("gpu_memory_utilisation", "no such argument; did you mean gpu_memory_utilization"),
+        ("gpu_mem", "did you mean .*gpu_memory_utilization"),
         ("_api_process_rank", "no such argument"),
         ("zzz", "no such argument; see `vllm serve --help=all`"),
     ],

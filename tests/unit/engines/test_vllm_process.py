@@ -17,6 +17,7 @@ LOGGED = b"""ERROR 11-23 [core.py] EngineCore failed to start.
 Traceback (most recent call last):
   File "core.py", line 1, in run
 ValueError: Free memory on device cuda:0 is less than desired.
+Exception: WorkerProc initialization failed due to an exception. See stack trace for root cause.
 """
 
 
