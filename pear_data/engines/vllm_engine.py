@@ -79,7 +79,7 @@ class VllmEngine:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and tensor_parallel > torch.cuda.device_count():
             raise UsageError(
-                f"--tensor-parallel {tensor_parallel}: {torch.cuda.device_count()} GPUs are visible"
+                f"--tensor-parallel {tensor_parallel}: visible GPUs: {torch.cuda.device_count()}"
             )
         self.batch_tokens = BATCH_TOKENS[device]
         self._path: ScoringPath = Classic()

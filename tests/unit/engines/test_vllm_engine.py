@@ -272,5 +272,5 @@ def test_a_refused_engine_argument_starts_nothing(start: Callable[..., VllmEngin
 def test_more_gpus_than_there_are(start: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(UsageError, match="--tensor-parallel 2: 1 GPUs are visible"):
+    with pytest.raises(UsageError, match="--tensor-parallel 2: visible GPUs: 1"):
         start(tensor_parallel=2)
