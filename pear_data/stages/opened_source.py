@@ -46,6 +46,6 @@ def open_source(store: Store, settings: ScoreSettings, progress: Progress) -> It
         else:
             check = same_ids_check(store, model, settings.revision, settings.trust_remote_code)
         progress.say(scorer.ready().sentence)
-        source = engine_source(scorer, settings.max_length)
-        source = replace(source, workers=scorer.workers, close=scorer.close)
+        source = engine_source(scorer, settings.max_length, scorer.workers)
+        source = replace(source, close=scorer.close)
         yield foreign_source(source, text) if foreign else replace(source, check_batch=check)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +67,11 @@ class PolicySource:
     close: Callable[[], None] = lambda: None
 
 
-def engine_source(scorer: Scorer, max_length: int | None) -> PolicySource:
-    """Log-probs computed by an engine; rows longer than `max_length` or the engine allows are too_long."""
+def engine_source(scorer: Scorer, max_length: int | None, workers: int = 1) -> PolicySource:
+    """Log-probs computed by engines; rows longer than `max_length` or the engine allows are too_long.
+
+    `workers` batches of a row group are scored at once, so that no engine idles where few shards are left.
+    """
     longest = min(max_length or scorer.max_length, scorer.max_length)
 
     def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> GroupScores:
@@ -76,23 +81,34 @@ def engine_source(scorer: Scorer, max_length: int | None) -> PolicySource:
         status[~fits] = STATUS_TOO_LONG
         on_tokens(int(batch.num_tokens[~fits].sum()))
         logprobs = np.zeros(int(batch.loss_mask.sum()), dtype=np.float32)
-        scored_offsets = batch.scored_offsets
-        for rows in _calls(batch, np.flatnonzero(fits), scorer.batch_tokens):
-            part = batch.take(rows)
-            scored = scorer.score(part, on_tokens)
-            lengths = part.num_scored
-            into = np.repeat(scored_offsets[rows] - part.scored_offsets[:-1], lengths) + np.arange(
-                lengths.sum()
-            )
-            logprobs[into] = scored.logprobs
-            finite = np.logical_and.reduceat(np.isfinite(scored.logprobs), part.scored_offsets[:-1])
-            status[rows[~finite]] = STATUS_NONFINITE
-            failed = {int(rows[row]): reason for row, reason in scored.failures.items()}
-            status[list(failed)] = STATUS_FAILED
-            reasons |= failed
+        calls = list(_calls(batch, np.flatnonzero(fits), scorer.batch_tokens))
+        count = _one_at_a_time(on_tokens)
+        with ThreadPoolExecutor(workers) as threads:
+            found = threads.map(lambda rows: scorer.score(batch.take(rows), count), calls)
+            for rows, scored in zip(calls, found, strict=True):
+                lengths = batch.num_scored[rows]
+                starts = np.cumsum(lengths) - lengths
+                into = np.repeat(batch.scored_offsets[rows] - starts, lengths) + np.arange(lengths.sum())
+                logprobs[into] = scored.logprobs
+                finite = np.logical_and.reduceat(np.isfinite(scored.logprobs), starts)
+                status[rows[~finite]] = STATUS_NONFINITE
+                failed = {int(rows[row]): reason for row, reason in scored.failures.items()}
+                status[list(failed)] = STATUS_FAILED
+                reasons |= failed
         return GroupScores(logprobs, status, reasons=reasons)
 
-    return PolicySource({**scorer.identity(), "max_length": longest}, score_group)
+    return PolicySource({**scorer.identity(), "max_length": longest}, score_group, workers=workers)
+
+
+def _one_at_a_time(on_tokens: OnTokens) -> OnTokens:
+    """`on_tokens` for several threads."""
+    counting = threading.Lock()
+
+    def counted(count: int) -> None:
+        with counting:
+            on_tokens(count)
+
+    return counted
 
 
 def _calls(batch: TokenBatch, rows: npt.NDArray[np.int64], budget: int) -> Iterator[npt.NDArray[np.int64]]:

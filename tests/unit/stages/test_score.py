@@ -233,7 +233,7 @@ def test_many_workers_store_what_one_does(folder):
     run(folder, FaultyScorer())
     whole = rows(folder)
     with writable_store(folder) as store:
-        source = replace(engine_source(FaultyScorer(), None), workers=3)
+        source = engine_source(FaultyScorer(), None, workers=3)
         del store.manifest.stages["scores/new"]
         score(store, ScoreSettings(policy="new", model="m"), source, Silent())
     assert rows(folder) == whole
@@ -255,7 +255,7 @@ def test_an_error_in_one_thread_ends_the_others_and_keeps_what_is_committed(fold
             return super().score(batch, on_tokens)
 
     with writable_store(folder) as store:
-        source = replace(engine_source(Stuck(fail_on="s15"), None), workers=2, close=closed.set)
+        source = replace(engine_source(Stuck(fail_on="s15"), None, workers=2), close=closed.set)
         with pytest.raises(RuntimeError, match="the engine died"):
             score(store, ScoreSettings(policy="new", model="m"), source, Silent())
     assert not list(folder.rglob("*.tmp"))
@@ -279,8 +279,29 @@ def test_without_an_engine_to_end_the_others_stop_at_their_next_batch(folder):
 
     failed = threading.Event()
     with writable_store(folder) as store:
-        source = replace(engine_source(Slow(fail_on="s8"), None), workers=2, close=failed.set)
+        source = replace(engine_source(Slow(fail_on="s8"), None, workers=2), close=failed.set)
         with pytest.raises(RuntimeError, match="the engine died"):
             score(store, ScoreSettings(policy="new", model="m"), source, Silent())
     assert len(scored) <= 2  # calls of the group that was at work
     assert not open_store(folder).stage("scores/new").shards
+
+
+def test_the_workers_share_the_row_groups_of_a_single_shard(make_store, samples):
+    folder = make_store(samples[:7])
+    together = threading.Barrier(2, timeout=30)
+
+    class Paired(FaultyScorer):
+        batch_tokens = 1  # a call for each sample
+        max_length = 39
+
+        def score(self, batch, on_tokens):
+            if batch.sample_ids[0] in ("s0", "s1"):
+                together.wait()
+            return super().score(batch, on_tokens)
+
+    with writable_store(folder) as store:
+        score(
+            store, ScoreSettings(policy="new", model="m"), engine_source(Paired(), None, workers=2), Silent()
+        )
+    for row, sample in zip(rows(folder), samples[:7], strict=True):
+        np.testing.assert_array_equal(np.float32(row["logprobs"]), expected(sample))
