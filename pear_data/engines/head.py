@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ROW_BLOCK = {"cpu": 512, "cuda": 4096}
+ROW_BLOCK = {"cpu": 1024, "cuda": 4096}
 VOCAB_BLOCK = {"cpu": 2048, "cuda": 16384}
 # Sums of exponentials outside these bounds may have lost terms to float32's range.
 SAFE_SUMS = (1e-30, 1e30)
@@ -47,8 +47,8 @@ class BlockedHead:
             [R], float32, at most 0: logits, log-sum-exp and the target's logit are all formed in float32 (bfloat16
             models on a CPU: logits to 17 bits).
         """
-        rows = ROW_BLOCK[hidden.device.type]
-        blocks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
+        count = max(1, -(-len(hidden) // ROW_BLOCK[hidden.device.type]))
+        blocks = zip(torch.tensor_split(hidden, count), torch.tensor_split(targets, count), strict=True)
         return torch.cat([self._block_logprobs(h, t) for h, t in blocks])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

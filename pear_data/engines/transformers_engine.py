@@ -5,7 +5,7 @@ Memory is bounded by one pack's hidden states and one block of logits, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from pear_data.engines.dtypes import DTYPES, resolve_dtype
 from pear_data.engines.head import BlockedHead, full_logprobs
 from pear_data.engines.model_identity import model_identity
 from pear_data.engines.packed_attention import Layout, packed
-from pear_data.engines.packing import distinct_rows, fill_packs, lay_out, shared_prefix_groups
+from pear_data.engines.packing import Pack, distinct_rows, fill_packs, lay_out, shared_prefix_groups
 from pear_data.engines.self_check import head_reproduces_logits, require_causal, use_packed_attention
 from pear_data.errors import PearError, UsageError
 from pear_data.tokens import IntArray, TokenBatch
@@ -144,19 +144,34 @@ class TransformersEngine:
         yield np.where(long & (needed > 0), batch.num_tokens, 0)
 
     def _packed(self, batch: TokenBatch, needed: IntArray) -> Iterator[tuple[IntArray, Floats]]:
-        """Rows and the log-probs of their scored tokens, a pack at a time."""
+        """Rows and the log-probs of their scored tokens, a few packs at a time."""
+        waiting: list[tuple[Pack, torch.Tensor]] = []
         groups = shared_prefix_groups(batch, needed, self._forward_tokens)
         for members in fill_packs(groups, self._forward_tokens):
             pack = lay_out(batch, needed, members)
-            with packed(Layout.of(pack, self._device)):
-                hidden = self._model.base_model(
-                    input_ids=self._tensor(pack.input_ids[None]),
-                    position_ids=self._tensor(pack.positions[None]),
-                    use_cache=False,
-                )[0][0]
-            assert self._head is not None
-            rows, targets = self._tensor(pack.predicting), self._tensor(pack.targets)
-            yield pack.rows, self._head.logprobs(hidden[rows], targets).cpu().numpy()
+            waiting.append((pack, self._predicting_rows(pack)))
+            # The head reads all its weights for every block of rows, so it waits for full ones.
+            if sum(len(hidden) for _, hidden in waiting) >= self._forward_tokens:
+                yield self._finish(waiting)
+                waiting = []
+        if waiting:
+            yield self._finish(waiting)
+
+    def _predicting_rows(self, pack: Pack) -> torch.Tensor:
+        """Hidden states of the rows that predict the pack's targets, [targets, hidden]."""
+        with packed(Layout.of(pack, self._device)):
+            hidden: torch.Tensor = self._model.base_model(
+                input_ids=self._tensor(pack.input_ids[None]),
+                position_ids=self._tensor(pack.positions[None]),
+                use_cache=False,
+            )[0][0]
+        return hidden[self._tensor(pack.predicting)]
+
+    def _finish(self, waiting: Sequence[tuple[Pack, torch.Tensor]]) -> tuple[IntArray, Floats]:
+        assert self._head is not None
+        targets = self._tensor(np.concatenate([pack.targets for pack, _ in waiting]))
+        found = self._head.logprobs(torch.cat([hidden for _, hidden in waiting]), targets)
+        return np.concatenate([pack.rows for pack, _ in waiting]), found.cpu().numpy()
 
     def _padded(self, batch: TokenBatch, needed: IntArray) -> Iterator[tuple[IntArray, Floats]]:
         """The same for models whose attention cannot be packed: samples of like length, padded on the right.

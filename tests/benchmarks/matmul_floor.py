@@ -27,9 +27,11 @@ def matmul_floor(folder: str, dtype: str, device: str) -> Callable[[TokenBatch],
     weights = {shape: torch.randn(shape, **kind) for shape in set(body)}
     heads, depth = config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
+    full = {width: torch.randn(ROWS[device], width, **kind) for width in {shape[1] for shape in body}}
+    query = torch.randn(heads, config.max_position_embeddings, depth, **kind)
+
     def rows(count: int, width: int) -> list[torch.Tensor]:
-        size = ROWS[device]
-        return [torch.randn(min(size, count - first), width, **kind) for first in range(0, count, size)]
+        return [full[width][: count - first] for first in range(0, count, ROWS[device])]
 
     def run(batch: TokenBatch) -> None:
         needed = _needed(batch)
@@ -42,11 +44,10 @@ def matmul_floor(folder: str, dtype: str, device: str) -> Callable[[TokenBatch],
                 for first in range(0, len(head), VOCABULARY_BLOCK[device]):
                     torch.mm(chunk, head[first : first + VOCABULARY_BLOCK[device]].T)
             for length in needed:
-                query = torch.randn(heads, length, depth, **kind)
+                # Causal: half the keys stand for the half of the square that is needed.
+                keys = query[:, : (length + 1) // 2]
                 for _ in range(config.num_hidden_layers):
-                    # Causal: half the keys stand for the half of the square that is needed.
-                    scores = torch.bmm(query, query[:, : (length + 1) // 2].mT)
-                    torch.bmm(scores, query[:, : (length + 1) // 2])
+                    torch.bmm(torch.bmm(query[:, :length], keys.mT), keys)
         if device == "cuda":
             torch.cuda.synchronize()
 

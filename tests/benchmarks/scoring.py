@@ -37,6 +37,14 @@ from pear_data.tokens import TokenBatch
 SIZES = {
     "30m": {
         "vocab_size": 50_257,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+    },
+    "30m-deep": {  # narrower and deeper: more of the time goes to what is not a matrix product
+        "vocab_size": 50_257,
         "hidden_size": 384,
         "intermediate_size": 1536,
         "num_hidden_layers": 6,
