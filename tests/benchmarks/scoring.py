@@ -2,7 +2,8 @@
 
     python tests/benchmarks/scoring.py                        # CPU, float32, 30M parameters
     python tests/benchmarks/scoring.py --dtype bfloat16
-    python tests/benchmarks/scoring.py --shared               # eight responses to each 500-token prompt
+    python tests/benchmarks/scoring.py --shared --samples 64 --methods naive,unshared,ours
+                                                              # eight responses to each 500-token prompt
     python tests/benchmarks/scoring.py --device cuda --dtype bfloat16 --model half-b
 
 Every method runs in a process of its own; the rounds are interleaved (A, B, C, A, B, C, ...) and the medians compared.
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from pear_data.engines import packing
 from pear_data.engines.allocator import keep_freed_memory
 from pear_data.engines.batching import spans
 from pear_data.tokens import TokenBatch
@@ -62,6 +64,7 @@ SIZES = {
 }
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}  # dense bfloat16
 LONGEST = 2048
+# Also "unshared": ours with every prompt computed anew.
 METHODS = ("naive", "padded8", "ours", "vllm", "floor")
 BASELINE = "naive"
 Score = Callable[[TokenBatch], "np.ndarray | None"]
@@ -144,7 +147,9 @@ def _open(method: str, folder: str, dtype: str, device: str, forward_tokens: int
     engine = TransformersEngine(folder, dtype=dtype, device=device)
     if forward_tokens is not None:
         engine._forward_tokens = forward_tokens
-    if method == "ours":
+    if method == "unshared":
+        packing.LEAST_SHARED = LONGEST + 1
+    if method in ("ours", "unshared"):
         return lambda batch: _in_calls(engine, batch)
     raise ValueError(method)
 
