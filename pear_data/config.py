@@ -89,6 +89,10 @@ class ScoreSettings(Settings):
     align: Literal["ids", "bytes"] = Field(
         "ids", description="bytes: a model of another tokenizer scores the same text, see README."
     )
+    model_template: str | None = Field(
+        None,
+        description="File with a chat template that replaces the model's where align is bytes; 'none' for raw text.",
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one copy of the model (vLLM).")
     engine_arg: tuple[str, ...] = Field(
         (), description="KEY=VALUE passed on to vllm.LLM, VALUE as YAML; may be given again."
@@ -110,6 +114,14 @@ class ScoreSettings(Settings):
         if self.audit and self.align == "bytes":
             raise ValueError(
                 "audit compares token by token; with align bytes a token's log-prob is its share of a span"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _templated(self) -> ScoreSettings:
+        if self.model_template and self.align != "bytes":
+            raise ValueError(
+                "model_template goes with align bytes: token ids are scored as they are in the corpus"
             )
         return self
 

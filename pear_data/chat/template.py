@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -30,6 +31,16 @@ class Rendering:
 
     text: str
     marks: tuple[Span, ...]
+
+
+def read_template(path: Path) -> str:
+    """The text of a chat template's file; raises UsageError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"cannot read the chat template {path} ({error}): give a Jinja file, or 'none' for raw text"
+        ) from None
 
 
 class ChatTemplate:

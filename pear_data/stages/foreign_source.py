@@ -10,11 +10,14 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from pear_data.byte_spans import Segments, common_ends, span_lengths
+from pear_data.chat.template import read_template
 from pear_data.chat.token_bytes import TokenBytes
 from pear_data.chat.tokenization import RAW, ChatTokenizer
 from pear_data.chat.tokenizers import load_tokenizer
@@ -72,11 +75,7 @@ def foreign_text(store: Store, model: str, settings: ScoreSettings) -> ForeignTe
     tokenizer = load_tokenizer(
         model, revision=settings.revision, trust_remote_code=settings.trust_remote_code
     )
-    if not tokenizer.chat_template and template is None:
-        raise UsageError(
-            f"{model} has no chat template to render the corpus with: put a chat_template.jinja into its folder"
-        )
-    template = None if tokenizer.chat_template else RAW
+    template = _template(tokenizer, model, settings.model_template, raw=template == RAW)
     begun = store.manifest.stages.get(f"scores/{settings.policy}")
     today = today or date_of(begun.settings.get(_DATE) if begun else None) or date.today()
     # Turns that the template rewrites later are read as they were when they were the last.
@@ -91,6 +90,19 @@ def foreign_text(store: Store, model: str, settings: ScoreSettings) -> ForeignTe
         Reader(own, TokenBytes(own_tokenizer)), Reader(other, TokenBytes(tokenizer)), corpus.settings
     )
     return ForeignText(rows, made_by)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, model: str, given: str | None, *, raw: bool) -> str | None:
+    """As `ChatTokenizer` takes it: the one given, else the model's own (None), else raw text where the corpus is."""
+    if given is not None:
+        return RAW if given == RAW else read_template(Path(given))
+    if tokenizer.chat_template:
+        return None
+    if raw:
+        return RAW
+    raise UsageError(
+        f"{model} has no chat template to render the corpus with: give one with --model-template FILE"
+    )
 
 
 def foreign_source(source: PolicySource, text: ForeignText) -> PolicySource:

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pear_data.chat.template import read_template
 from pear_data.chat.tokenization import RAW, ChatTokenizer
 from pear_data.chat.tokenizers import load_tokenizer, tokenizer_fingerprint
 from pear_data.config import IngestSettings
@@ -115,21 +116,12 @@ def _chat_tokenizer(
     if template is None and not tokenizer.chat_template and all(layout.paired for layout in texts):
         template = RAW
     elif template not in (None, RAW):
-        template = _read_template(Path(template))
+        template = read_template(Path(template))
     chat = ChatTokenizer(tokenizer, template, settings.turns, today)
     if template is not None:
         # What is stored is the tokenizer as used here.
         tokenizer.chat_template = None if template == RAW else template
     return chat
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot read the chat template {path} ({error}): give a Jinja file, or 'none' for raw text"
-        ) from None
 
 
 def _all_whole(store: Store, stage: Stage, progress: Progress) -> bool:

@@ -8,6 +8,7 @@ from datetime import date
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from pear_data import open_store
@@ -82,14 +83,15 @@ def corpus(tmp_path):
     return make
 
 
-def opened(store, model):
-    return foreign_text(store, model, ScoreSettings(policy="behavior", model=model, align="bytes"))
+def opened(store, model, **settings):
+    given = ScoreSettings(policy="behavior", model=model, align="bytes", **settings)
+    return foreign_text(store, model, given)
 
 
-def read(store, model):
+def read(store, model, **settings):
     table = store.corpus.to_table()
     batch = token_batch(table)
-    return batch, list(opened(store, model).rows.read(batch, table))
+    return batch, list(opened(store, model, **settings).rows.read(batch, table))
 
 
 @pytest.fixture
@@ -175,6 +177,32 @@ def test_two_tokenizers_that_compose_characters_agree(corpus, tmp_path):
     model = save_tokenizer(tmp_path / "other", template(), normalizer={"type": "NFC"})
     ((row,)) = read(corpus([turns("q", "e\u0301!")]), model)[1]
     assert row.pieces[0] == (3, 3, True)
+
+
+# R1's: the generation prompt opens the thinking, and a turn's thinking is not rendered.
+THINKING = template("message['content'].split('</think>')[-1]").replace(
+    "[assistant]", "[assistant]<think>\\n"
+)
+
+
+def test_a_template_of_the_users_own_takes_the_place_of_the_models(corpus, tmp_path, decode):
+    model = save_tokenizer(tmp_path / "thinking", THINKING)
+    store = corpus([turns("q", "<think>\nwhy\n</think>\n\na")])
+    (refused,) = read(store, model)[1]
+    assert "does not go on from the template's generation prompt" in str(refused)
+    own = tmp_path / "own.jinja"
+    own.write_text(THINKING.replace(".split('</think>')[-1]", ""))
+    (row,) = read(store, model, model_template=str(own))[1]
+    assert decode(row.samples[0]) == "why\n</think>\n\na<|endoftext|>"
+    assert [piece for piece in row.pieces if piece[:2] != (0, 0)] == [
+        (8, 0, False),
+        (15, 15, True),
+        (10, 13, False),
+    ]
+    with pytest.raises(UsageError, match="cannot read the chat template nowhere"):
+        opened(store, model, model_template="nowhere")
+    with pytest.raises(ValidationError, match="goes with align bytes"):
+        ScoreSettings(model=model, model_template="x")
 
 
 def test_a_corpus_of_token_ids_and_a_model_without_template_are_refused(corpus, tmp_path, foreign):
