@@ -1,7 +1,7 @@
 """Starting and stopping vLLM, quietly: the one place that imports it.
 
 What vLLM writes while it starts, and all that its child process ever writes, goes to an unnamed temporary file, from
-which the reason is taken where it fails. Setting VLLM_LOGGING_LEVEL shows it on the terminal instead.
+which the reason is taken where it fails. VLLM_LOGGING_LEVEL=INFO shows it on the terminal instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class VllmProcess:
     ) -> None:
         self._model = model
         with ExitStack() as undo:
-            quiet = "VLLM_LOGGING_LEVEL" not in os.environ
+            quiet = not output_is_wanted()
             undo.enter_context(_variables({"VLLM_LOGGING_LEVEL": "ERROR", **environment}))
             self._log = undo.enter_context(tempfile.TemporaryFile())
             with self._failures("cannot start with"), ExitStack() as starting:
@@ -112,6 +112,11 @@ class VllmProcess:
         if invalid:
             return ": ".join(part for part in invalid.groups() if part)
         return text.splitlines()[0]
+
+
+def output_is_wanted() -> bool:
+    """Whether somebody wants to see what an engine writes. Importing TRL sets ERROR, which is nobody's wish."""
+    return os.environ.get("VLLM_LOGGING_LEVEL", "ERROR").upper() not in ("ERROR", "CRITICAL")
 
 
 @contextmanager

@@ -15,12 +15,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pear_data.engines.base import OnTokens
+from pear_data.engines.vllm_process import output_is_wanted
 from pear_data.runners.base import EngineLostError, Facts, Floats, OpenEngine
 from pear_data.runners.served import Trouble
 from pear_data.tokens import TokenBatch
 
 CLOSING_SECONDS = 10.0
-_SHOW_OUTPUT = "VLLM_LOGGING_LEVEL"  # whoever sets it wants to see what the engine writes, as in vllm_process
 _LAST_WORDS = 2000  # bytes
 
 
@@ -36,7 +36,7 @@ class LocalHost:
         with contextlib.ExitStack() as undo:
             # An unnamed file: what an engine writes must not mingle with the progress on the terminal.
             self._log = undo.enter_context(tempfile.TemporaryFile())
-            output = sys.__stderr__ if _SHOW_OUTPUT in os.environ else self._log
+            output = sys.__stderr__ if output_is_wanted() else self._log
             ours, theirs = socket.socketpair()
             self._connection = undo.enter_context(Connection(ours.detach()))
             with theirs:
