@@ -79,7 +79,10 @@ def foreign_text(store: Store, model: str, settings: ScoreSettings) -> ForeignTe
     begun = store.manifest.stages.get(f"scores/{settings.policy}")
     today = today or date_of(begun.settings.get(_DATE) if begun else None) or date.today()
     # Turns that the template rewrites later are read as they were when they were the last.
-    other = ChatTokenizer(tokenizer, template, "all", today)
+    try:
+        other = ChatTokenizer(tokenizer, template, "all", today)
+    except UsageError as error:
+        raise UsageError(f"{model}: {_of_the_model(str(error))}") from error
     made_by = {
         "align": "bytes",
         "tokenizer": other.fingerprint(),
@@ -90,6 +93,11 @@ def foreign_text(store: Store, model: str, settings: ScoreSettings) -> ForeignTe
         Reader(own, TokenBytes(own_tokenizer)), Reader(other, TokenBytes(tokenizer)), corpus.settings
     )
     return ForeignText(rows, made_by)
+
+
+def _of_the_model(reason: str) -> str:
+    """What is wrong with the model's chat template, naming the option that replaces that one."""
+    return reason.replace("--chat-template", "--model-template")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, model: str, given: str | None, *, raw: bool) -> str | None:
@@ -117,7 +125,9 @@ def foreign_source(source: PolicySource, text: ForeignText) -> PolicySource:
     def score_group(batch: TokenBatch, records: pa.Table, on_tokens: OnTokens) -> GroupScores:
         with reading:
             outcomes = list(enumerate(text.rows.read(batch, records)))
-        reasons = {row: str(outcome) for row, outcome in outcomes if isinstance(outcome, SampleError)}
+        reasons = {
+            row: _of_the_model(str(outcome)) for row, outcome in outcomes if isinstance(outcome, SampleError)
+        }
         read = {row: outcome for row, outcome in outcomes if isinstance(outcome, ReadRow)}
         left = int(batch.num_tokens[list(reasons)].sum())
         on_tokens(left)

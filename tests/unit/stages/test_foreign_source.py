@@ -323,3 +323,13 @@ def test_a_template_that_writes_the_date_gets_that_of_the_corpus_or_of_the_day_s
         store.manifest.stages["corpus"].settings["chat_template_date"] = "2002-03-04"
         assert opened(store, model).settings["chat_template_date"] == "2002-03-04"
     assert "chat_template_date" not in opened(store, foreign).settings
+
+
+def test_a_faulty_template_is_told_with_the_option_that_replaces_it(corpus, tmp_path, foreign):
+    store = corpus([turns("q", "a", "r", "b")])
+    with pytest.raises(UsageError, match=r"broken: .* not valid Jinja.* --model-template FILE"):
+        opened(store, save_tokenizer(tmp_path / "broken", "{{ messages }"))
+    table = store.corpus.to_table()
+    raw = foreign_source(fake_source()[0], opened(store, foreign, model_template="none"))
+    scores = raw.score_group(token_batch(table), table, lambda tokens: None)
+    assert "pass a chat template with --model-template FILE" in scores.reasons[0]
