@@ -105,7 +105,7 @@ def plan_scoring(store: Store, settings: ScoreSettings, progress: Progress) -> P
         calibration=calibration,
         flops_per_second=None if calibration is None else _rate(calibration, costs),
         workers=settings.workers,
-        speedup=max(1, min(settings.workers, len(pending))) if parallel else 1,
+        speedup=settings.workers if parallel else 1,
         differences=differences,
     )
 

@@ -82,9 +82,7 @@ def _workers(plan: Plan) -> str:
         return "1 worker"
     if plan.speedup == plan.workers:
         return f"{plan.workers} workers"
-    if plan.speedup == 1 and plan.shards_left > 1:
-        return f"{plan.workers} workers, which share this machine's cores"
-    return f"{plan.workers} workers, of which the shards left keep {plan.speedup} busy"
+    return f"{plan.workers} workers, which share this machine's cores"
 
 
 def _share(part: float, whole: float) -> str:

@@ -149,7 +149,8 @@ def test_workers_share_the_cores_of_a_machine_without_gpus(plan):
 
     assert time_row(workers=2).endswith("2 workers, which share this machine's cores")
     assert time_row(workers=2, runner="ray").endswith("with 2 workers")
-    assert time_row(workers=9, runner="ray").endswith("9 workers, of which the shards left keep 3 busy")
+    # More than there are shards: they share the batches of one.
+    assert time_row(workers=9, runner="ray").endswith("with 9 workers")
 
 
 @pytest.fixture
