@@ -45,6 +45,8 @@ class Settings(BaseModel):
 def first_fault(error: ValidationError) -> tuple[list[str], str]:
     """Where the first fault of a refused model is (its fields, outermost first) and what it is."""
     fault = error.errors()[0]
+    if fault["type"] == "tuple_type":  # no word of YAML's
+        fault["msg"] = "Input should be a list"
     return [str(part) for part in fault["loc"]], fault["msg"].removeprefix("Value error, ")
 
 
@@ -123,6 +125,12 @@ class ScoreSettings(Settings):
             raise ValueError(
                 "model_template goes with align bytes: token ids are scored as they are in the corpus"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _addressed(self) -> ScoreSettings:
+        if self.ray_address and self.runner != "ray":
+            raise ValueError("ray_address goes with runner ray: without it the engines run on this machine")
         return self
 
 

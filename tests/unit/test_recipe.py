@@ -57,6 +57,14 @@ def test_flag_over_environment_over_recipe(path):
             "steps: [{weight: {target: a, behavior: a}}]",
             r"steps\.0\.weight: target and behavior are both 'a'",
         ),
+        (
+            "steps: [{score: {model: m, engine_arg: a=1}}]",
+            r"steps\.0\.score\.engine_arg: Input should be a list",
+        ),
+        (
+            "steps: [{score: {model: m, ray_address: 'h:1'}}]",
+            r"steps\.0\.score: ray_address goes with runner ray",
+        ),
         ("steps: [{train: {}}]", r"steps\.0\.train: Extra inputs"),
         ("steps: [!!python/object/apply:os.system ['true']]", "not valid YAML"),
     ],
