@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pear_data.errors import PearError, UsageError
@@ -59,3 +61,17 @@ def rope_switch(config: Any) -> int | None:
     if parameters.get("rope_type") != "longrope":
         return None
     return int(parameters["original_max_position_embeddings"])
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """No bar of transformers' over the loading of weights: the command shows its own progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

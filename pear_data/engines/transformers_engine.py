@@ -6,7 +6,6 @@ Memory is bounded by one pack's hidden states and one block of logits, whatever 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import numpy.typing as npt
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from pear_data.engines.allocator import keep_freed_memory
 from pear_data.engines.base import OnTokens
@@ -25,7 +23,13 @@ from pear_data.engines.batching import (
     spans,
     token_budget_batches,
 )
-from pear_data.engines.checkpoint import load_config, resolve_max_length, rope_switch, unloadable
+from pear_data.engines.checkpoint import (
+    load_config,
+    no_loading_bar,
+    resolve_max_length,
+    rope_switch,
+    unloadable,
+)
 from pear_data.engines.dtypes import DTYPES, resolve_dtype
 from pear_data.engines.head import BlockedHead, full_logprobs
 from pear_data.engines.model_identity import model_identity
@@ -215,7 +219,7 @@ def _load(model: str, config: Any, revision: str | None, dtype: torch.dtype, tru
     # The scaled-dot-product kernels leave out a soft cap on attention scores (Gemma 2) without a word.
     caps_attention = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     try:
-        with _quiet():
+        with no_loading_bar():
             loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
                 model,
                 revision=revision,
@@ -234,15 +238,3 @@ def _load(model: str, config: Any, revision: str | None, dtype: torch.dtype, tru
             "give a complete causal language model"
         )
     return loaded.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bar over the loading of weights: the command shows its own progress."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
+from pear_data.engines.checkpoint import no_loading_bar
 from pear_data.errors import PearError
 
 LOGITS = (
@@ -92,7 +92,7 @@ def _load(model: str, revision: str | None, trust_remote_code: bool) -> Any:
         config = transformers.AutoConfig.from_pretrained(model, **options)
         # Only eager attention applies a soft cap on attention scores (Gemma 2).
         caps = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-        with _no_bar():
+        with no_loading_bar():
             return transformers.AutoModelForCausalLM.from_pretrained(
                 model,
                 dtype=torch.float32,
@@ -105,17 +105,6 @@ def _load(model: str, revision: str | None, trust_remote_code: bool) -> Any:
         raise PearError(
             f"--audit: plain transformers cannot load {model} in float32 ({reason}): score without --audit"
         ) from error
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
