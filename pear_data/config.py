@@ -12,11 +12,10 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
-from pear_data.weighting import CLIP_LOG_RATIO, CLIP_LOG_WEIGHT, Level
+from pear_data.weighting import CLIP_LOG_RATIO, CLIP_LOG_WEIGHT
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 _LOG_FLOAT32_MAX = 88.72
@@ -34,6 +33,18 @@ def _check_name(name: str) -> str:
 
 # Names become folders of the store and columns of the views; nothing read from a corpus ever does.
 Name = Annotated[str, AfterValidator(_check_name)]
+
+
+def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not bounds[0] <= bounds[1]:
+        raise ValueError(f"{bounds[0]} > {bounds[1]}: the lower bound comes first")
+    return bounds
+
+
+Bounds = Annotated[tuple[float, float], AfterValidator(_check_bounds)]
+WeightLevel = Literal["token", "block", "sequence", "uniform", "dft"]
+# Levels that are no importance weights: what plain SFT and dynamic fine-tuning (arXiv 2508.05629) would weigh.
+BASELINES = ("uniform", "dft")
 
 
 class Settings(BaseModel):
@@ -134,34 +145,98 @@ class ScoreSettings(Settings):
         return self
 
 
-class WeightSettings(Settings):
-    """Importance weights from two policies' log-probs (method: PEAR 3.2 to 3.7)."""
+class SourceWeighting(Settings):
+    """What one source is weighted with in place of the whole corpus's setting; null keeps that."""
 
-    level: Level = Field("block", description="Where log-ratios are summed.")
-    block_size: int = Field(4, ge=1, description="Tokens per block (block level).")
+    gamma: float | None = Field(None, gt=0, le=1, description="Discount per token.")
+    clip_log_ratio: Bounds | None = Field(None, description="Bounds of a token's log-ratio.")
+    clip_log_weight: Bounds | None = Field(None, description="Bounds of a log-weight.")
+
+
+class WeightSettings(Settings):
+    """Importance weights from two policies' log-probs (method: PEAR 3.2 to 3.7), or a baseline to hold them against."""
+
+    level: WeightLevel = Field(
+        "block",
+        description="Where log-ratios are summed; or a baseline: uniform (1), dft (the target's own probability).",
+    )
+    block_by: Literal["tokens", "lines", "sentences", "regex"] = Field(
+        "tokens",
+        description="What a block is (block level): so many tokens, or a piece of the response's text.",
+    )
+    block_size: int = Field(4, ge=1, description="Tokens per block, where blocks are by tokens.")
+    block_regex: str | None = Field(
+        None, description="Python regular expression; a block ends where a match ends (--block-by regex)."
+    )
     gamma: float = Field(0.999, gt=0, le=1, description="Discount per token (token and block level).")
-    clip_log_ratio: tuple[float, float] = Field(CLIP_LOG_RATIO, description="Bounds of a token's log-ratio.")
-    clip_log_weight: tuple[float, float] = Field(CLIP_LOG_WEIGHT, description="Bounds of a log-weight.")
+    clip_log_ratio: Bounds = Field(CLIP_LOG_RATIO, description="Bounds of a token's log-ratio.")
+    clip_log_weight: Bounds = Field(CLIP_LOG_WEIGHT, description="Bounds of a log-weight.")
+    center: Literal["none", "sample", "corpus"] = Field(
+        "none", description="Whose mean log-ratio is subtracted from every log-ratio before the clip."
+    )
+    normalize: Literal["none", "sample", "corpus"] = Field(
+        "none", description="Whose weights are scaled to a mean of 1 over the scored tokens."
+    )
+    per_source: dict[str, SourceWeighting] = Field(
+        default_factory=dict, description="Clips and gamma of single sources, by source."
+    )
     negative_scale: float = Field(0.0, ge=0, description="Lambda of negatives; 0 drops them from training.")
     name: Name | None = Field(None, description="Name of the weighting; the level by default.")
     target: Name = Field(INITIAL, description="Policy in the numerator.")
     behavior: Name = Field(BEHAVIOR, description="Policy in the denominator.")
-
-    @field_validator("clip_log_ratio", "clip_log_weight")
-    @classmethod
-    def _ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
-        if not bounds[0] <= bounds[1]:
-            raise ValueError(f"{bounds[0]} > {bounds[1]}: the lower bound comes first")
-        return bounds
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="Shards worked on at once; by default as many as there are cores, where that pays.",
+    )
+    runner: Literal["local", "ray"] = Field("local", description="Where the shards are worked on.")
+    ray_address: str | None = Field(None, description="Ray cluster to join; by default the one Ray finds.")
 
     @model_validator(mode="after")
-    def _weighable(self) -> WeightSettings:
+    def _compares_two_policies(self) -> WeightSettings:
         if self.target == self.behavior:
             raise ValueError(f"target and behavior are both {self.target!r}: weights compare two policies")
-        if self.clip_log_weight[1] + math.log(max(1.0, self.negative_scale)) > _LOG_FLOAT32_MAX:
+        return self
+
+    @model_validator(mode="after")
+    def _fits_float32(self) -> WeightSettings:
+        highest = max(
+            [
+                self.clip_log_weight[1],
+                *(s.clip_log_weight[1] for s in self.per_source.values() if s.clip_log_weight),
+            ]
+        )
+        if highest + math.log(max(1.0, self.negative_scale)) > _LOG_FLOAT32_MAX:
             raise ValueError(
                 "weights could exceed the largest float32: lower the upper clip_log_weight or negative_scale"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> WeightSettings:
+        if self.block_by != "tokens" and self.level != "block":
+            raise ValueError(f"block_by goes with level block, not {self.level}")
+        if (self.block_by == "regex") != (self.block_regex is not None):
+            raise ValueError("block_by regex and block_regex go together")
+        if self.block_regex is not None:
+            try:
+                re.compile(self.block_regex)
+            except re.error as error:
+                raise ValueError(f"block_regex is no regular expression: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> WeightSettings:
+        if self.level in BASELINES:
+            for name in ("center", "normalize", "per_source"):
+                if getattr(self, name) not in ("none", {}):
+                    raise ValueError(
+                        f"{name} goes with importance weights, not with the baseline {self.level}"
+                    )
+        if self.level == "sequence" and self.normalize == "sample":
+            raise ValueError("normalize sample makes every sequence-level weight 1: use normalize corpus")
+        if self.ray_address and self.runner != "ray":
+            raise ValueError("ray_address goes with runner ray")
         return self
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 STATUS_OK = "ok"
 STATUS_TOO_LONG = "too_long"
@@ -34,6 +34,10 @@ INT32S = _list_of(pa.int32())
 INPUT_IDS = INT32S
 LOSS_MASK = _list_of(pa.bool_())
 FLOATS = _list_of(pa.float32())
+INT64S = _list_of(pa.int64())
+DOUBLES = _list_of(pa.float64())
+
+DECILES = 10
 
 CORPUS = pa.schema(
     [
@@ -60,19 +64,71 @@ SCORES = pa.schema(
     ]
 )
 
+# Beside each part of the corpus: what is asked of samples and sources without their tokens.
+CORPUS_SUMMARY = pa.schema(
+    [CORPUS.field(name) for name in ("sample_id", "source", "label", "num_tokens", "num_scored")]
+)
+
 WEIGHTS = pa.schema(
     [
         _required("sample_id", pa.string()),
         pa.field("weights", FLOATS),
         _required("num_scored", pa.int32()),
+        _required("status", pa.string()),
+    ]
+)
+
+# Beside each part of a weighting, one row per sample. Null where the sample has no weights, log-ratios also where only
+# one policy is known.
+WEIGHT_SUMMARY = pa.schema(
+    [
+        _required("sample_id", pa.string()),
+        _required("num_scored", pa.int32()),
         pa.field("log_ratio_sum", pa.float64()),
-        pa.field("weight_mean", pa.float64()),
+        pa.field("weight_sum", pa.float64()),
+        pa.field("weight_square_sum", pa.float64()),
         pa.field("weight_min", pa.float32()),
         pa.field("weight_max", pa.float32()),
-        pa.field("ess", pa.float64()),
         pa.field("clipped_low", pa.int32()),
         pa.field("clipped_high", pa.int32()),
+        pa.field("saturated_low", pa.int32()),
+        pa.field("saturated_high", pa.int32()),
         _required("status", pa.string()),
+    ]
+)
+
+# Beside each part of a weighting, one row per source: sums over those with label 1 and status ok. Lists of `DECILES`
+# hold tenths of samples, first to last; bins are those of `pear_data.binning`.
+WEIGHT_TOTALS = pa.schema(
+    [
+        _required("source", pa.string()),
+        *(_required(name, pa.int64()) for name in ("samples", "negatives", "ok", "unscored", "dropped")),
+        _required("sample_mean_sum", pa.float64()),
+        _required("sample_mean_square_sum", pa.float64()),
+        _required("sample_ratio_square_sum", pa.float64()),
+        _required("log_ratio_min", pa.float64()),
+        _required("log_ratio_max", pa.float64()),
+        _required("weight_min", pa.float32()),
+        _required("weight_max", pa.float32()),
+        *(
+            _required(name, INT64S)
+            for name in ("tokens", "clipped_low", "clipped_high", "saturated_low", "saturated_high")
+        ),
+        *(
+            _required(name, DOUBLES)
+            for name in (
+                "weight_sum",
+                "weight_square_sum",
+                "target_logprob_sum",
+                "behavior_logprob_sum",
+                "log_ratio_square_sum",
+            )
+        ),
+        *(
+            field
+            for name in ("log_ratio", "weight", "sample_weight")
+            for field in (_required(f"{name}_bins", INT32S), _required(f"{name}_counts", INT64S))
+        ),
     ]
 )
 
@@ -100,8 +156,11 @@ EXPORT_HF = pa.schema(
 
 ARTEFACTS: dict[str, pa.Schema] = {
     "corpus": CORPUS,
+    "corpus_summary": CORPUS_SUMMARY,
     "scores": SCORES,
     "weights": WEIGHTS,
+    "weight_summary": WEIGHT_SUMMARY,
+    "weight_totals": WEIGHT_TOTALS,
     "quarantine": QUARANTINE,
     "vocabulary": VOCABULARY,
     "export_hf": EXPORT_HF,

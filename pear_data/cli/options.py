@@ -78,11 +78,35 @@ def _option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
         return click.option(flag, is_flag=True, **common)
     if get_args(kind) == (str, ...):
         return click.option(flag, multiple=True, metavar="KEY=VALUE", help=field.description)
+    if get_origin(kind) is dict:
+        return click.option(
+            flag,
+            type=click.Path(exists=True, dir_okay=False),
+            metavar="FILE",
+            callback=_mapping,
+            help=_in_file(field),
+        )
     if get_origin(kind) is tuple:
         return click.option(flag, nargs=2, type=float, metavar="LOW HIGH", **common)
     if get_origin(kind) is Literal:
         return click.option(flag, type=click.Choice(get_args(kind)), **common)
     return click.option(flag, type=kind if kind in (int, float) else str, **common)
+
+
+def _in_file(field: FieldInfo) -> str:
+    return f"{field.description} A YAML file; in a recipe the mapping itself."
+
+
+def _mapping(context: click.Context, parameter: click.Parameter, path: str | None) -> Any:
+    """What a YAML file of settings holds; the settings model checks it."""
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise click.BadParameter(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _without_none(annotation: Any) -> Any:

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from pear_data.corpus.duplicates import duplicate_error
 from pear_data.corpus.records import Rejected
-from pear_data.schema import CORPUS, INPUT_IDS, LOSS_MASK, QUARANTINE
+from pear_data.schema import CORPUS, CORPUS_SUMMARY, INPUT_IDS, LOSS_MASK, QUARANTINE
 from pear_data.stages.ingest_batches import Batch, Sample
 from pear_data.store import Store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import Cursor, Shard
-from pear_data.store.shards import parquet_shard, write_group
+from pear_data.store.shards import parquet_shard, summary_path, summary_shard, write_group
 
 GROUP_TOKENS = 1_000_000
 GROUP_BYTES = 64 << 20  # of rows, kept or rejected: what bounds memory where these are large and tokens few
@@ -49,8 +49,10 @@ class ShardWriter:
         self._cursor: Cursor | None = None
         self._store, self._name, self._files = store, name, files
         self._part = store.path / "corpus" / f"{name}.parquet"
+        self._summary = summary_path(store.path, "corpus", name)
         self._quarantine = store.path / "quarantine" / f"corpus-{name}.parquet"
         self._writer: pq.ParquetWriter = files.enter_context(parquet_shard(self._part, CORPUS))
+        self._summary_writer = files.enter_context(summary_shard(self._summary, CORPUS_SUMMARY))
         self._quarantine_writer: pq.ParquetWriter | None = None
         self._places: dict[str, str] = {}
         self._samples: list[Sample] = []
@@ -86,7 +88,9 @@ class ShardWriter:
     def flush(self) -> None:
         """Write what was gathered as a row group of the shard and one of its quarantine."""
         if self._samples:
-            write_group(self._writer, _corpus_rows(self._samples))
+            rows = _corpus_rows(self._samples)
+            write_group(self._writer, rows)
+            self._summary_writer.add(rows.select(CORPUS_SUMMARY.names))
             self.num_scored += sum(int(sample.loss_mask.sum()) for sample in self._samples)
             self._samples = []
         if self._rejected:
@@ -102,6 +106,7 @@ class ShardWriter:
         return Shard(
             name=self._name,
             file=self._store.entry_of(self._part),
+            summary=self._store.entry_of(self._summary),
             rows=self.num_samples,
             num_tokens=self.num_tokens,
             num_scored=self.num_scored,

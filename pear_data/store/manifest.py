@@ -40,6 +40,10 @@ class Shard(_Entry):
 
     name: str
     file: FileEntry
+    summary: FileEntry | None = Field(
+        None, description="A row per sample, without its tokens (corpus, weights)."
+    )
+    totals: FileEntry | None = Field(None, description="A row per source, sums and histograms (weights).")
     rows: int
     num_tokens: int = Field(description="Tokens, prompt included (corpus), or scored tokens (other stages).")
     num_scored: int
@@ -51,6 +55,11 @@ class Shard(_Entry):
     cursor: Cursor | None = None
     quarantine: FileEntry | None = None
     quarantined: int = 0
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """Every file of the shard."""
+        return [file for file in (self.file, self.summary, self.totals, self.quarantine) if file is not None]
 
 
 class Stage(_Entry):

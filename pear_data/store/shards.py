@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 from pear_data.schema import parquet_options
 from pear_data.store.commit import atomic_path
 
+SUMMARY_ROWS = 500_000
+
 
 @contextlib.contextmanager
 def parquet_shard(final: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
@@ -29,3 +31,44 @@ def parquet_shard(final: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 def write_group(writer: pq.ParquetWriter, table: pa.Table) -> None:
     """Write a table as one row group, so that every stage of a shard is cut at the same rows."""
     writer.write_table(table, row_group_size=max(1, len(table)))
+
+
+def summary_path(store: Path, key: str, name: str) -> Path:
+    """Where the summary of shard `name` of stage `key` lies: in a tree of its own, never among the parts."""
+    return store / "summary" / key / f"{name}.parquet"
+
+
+def totals_path(store: Path, key: str, name: str) -> Path:
+    """Where the totals of shard `name` of stage `key` lie."""
+    return store / "summary" / key / f"{name}.totals.parquet"
+
+
+@contextlib.contextmanager
+def summary_shard(final: Path, schema: pa.Schema) -> Iterator[SummaryWriter]:
+    """A summary to add tables to; its file appears at `final` only when the block ends well."""
+    with parquet_shard(final, schema) as writer:
+        summary = SummaryWriter(writer)
+        yield summary
+        summary.flush()
+
+
+class SummaryWriter:
+    """Gathers a shard's rows into row groups far larger than its parts': they hold no tokens."""
+
+    def __init__(self, writer: pq.ParquetWriter) -> None:
+        self._writer = writer
+        self._tables: list[pa.Table] = []
+        self._rows = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Take in the rows of a row group."""
+        self._tables.append(table)
+        self._rows += len(table)
+        if self._rows >= SUMMARY_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        if self._tables:
+            write_group(self._writer, pa.concat_tables(self._tables).combine_chunks())
+        self._tables, self._rows = [], 0

@@ -167,11 +167,9 @@ class Store:
 
     def is_current(self, key: str, shard: Shard | None, inputs: dict[str, str]) -> bool:
         """Whether a shard is committed, whole, and made from these inputs."""
-        if shard is None or shard.inputs != inputs or self.fault_of(shard.file):
+        if shard is None or shard.inputs != inputs or any(map(self.fault_of, shard.files)):
             return False
-        if shard.quarantine is not None and self.fault_of(shard.quarantine):
-            return False
-        self._checked.add((shard.file.path, shard.file.sha256))
+        self._checked.update((file.path, file.sha256) for file in shard.files)
         return True
 
     def commit(self, key: str, shard: Shard) -> None:
