@@ -1,13 +1,14 @@
-"""PEAR's importance weights, vectorised over flat log-probs (arXiv 2602.01058, sections 3.2 to 3.7).
+"""PEAR's importance weights over flat log-probs (arXiv 2602.01058, sections 3.2 to 3.7).
 
-Sums are float64 wherever they are cumulative and run over cache-sized chunks of whole samples, so precision does
-not depend on how many samples share an array; weights are stored in float32.
+Samples stand back to back. Sums are float64 wherever they are cumulative and run over cache-sized chunks of whole
+samples; weights are stored in float32. The compiled loops are in `pear_data.kernels`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,6 +23,91 @@ CLIP_LOG_RATIO: Bounds = (-0.08, 0.3)
 CLIP_LOG_WEIGHT: Bounds = (-10.0, 5.0)
 CHUNK_TOKENS = 1 << 16
 
+# Levels of a sample, as the kernels number them.
+LEVELS = ("token", "block", "sequence", "uniform", "dft")
+
+
+@dataclass(slots=True)
+class SampleOptions:
+    """How each of n samples is weighted."""
+
+    levels: npt.NDArray[np.int8]  # [n], index into LEVELS
+    block_size: int
+    log_gamma: FloatArray  # [n]
+    clip_log_ratio: FloatArray  # [n, 2]
+    clip_log_weight: FloatArray  # [n, 2]
+    center: FloatArray  # [n], subtracted from log-ratios before the clip
+    center_samples: bool  # each sample's mean log-ratio is subtracted instead
+    scale: FloatArray  # [n], factor of the weights
+    scale_samples: bool  # each sample's weights are first given a mean of 1
+
+    @classmethod
+    def alike(
+        cls,
+        n: int,
+        level: str,
+        block_size: int,
+        gamma: float,
+        clip_log_ratio: Bounds,
+        clip_log_weight: Bounds,
+    ) -> SampleOptions:
+        """The same for n samples, neither centered nor scaled."""
+        return cls(
+            levels=np.full(n, LEVELS.index(level), dtype=np.int8),
+            block_size=block_size,
+            log_gamma=np.full(n, math.log(gamma)),
+            clip_log_ratio=np.tile(np.asarray(clip_log_ratio, dtype=np.float64), (n, 1)),
+            clip_log_weight=np.tile(np.asarray(clip_log_weight, dtype=np.float64), (n, 1)),
+            center=np.zeros(n),
+            center_samples=False,
+            scale=np.ones(n),
+            scale_samples=False,
+        )
+
+    def between(self, first: int, last: int) -> SampleOptions:
+        """Those of the samples from `first` to `last`."""
+        rows = slice(first, last)
+        return SampleOptions(
+            self.levels[rows],
+            self.block_size,
+            self.log_gamma[rows],
+            self.clip_log_ratio[rows],
+            self.clip_log_weight[rows],
+            self.center[rows],
+            self.center_samples,
+            self.scale[rows],
+            self.scale_samples,
+        )
+
+
+@dataclass(slots=True)
+class GroupSums:
+    """Running sums of S groups of samples; the kernels tell what the rows of the middle axis are."""
+
+    counts: npt.NDArray[np.int64]  # [S, 5, 10], by tenth of a sample
+    sums: FloatArray  # [S, 5, 10]
+    log_ratios: npt.NDArray[np.int32]  # [S, BINS] tokens by bin of their log-ratio
+    weights: npt.NDArray[np.int32]  # [S, BINS] tokens by bin of their weight
+
+    @classmethod
+    def zeros(cls, groups: int) -> GroupSums:
+        from pear_data.binning import BINS
+
+        return cls(
+            np.zeros((groups, 5, 10), dtype=np.int64),
+            np.zeros((groups, 5, 10)),
+            np.zeros((groups, BINS), dtype=np.int32),
+            np.zeros((groups, BINS), dtype=np.int32),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSums:
+    """Counts and sums of n samples; the kernels tell what the columns are."""
+
+    counts: npt.NDArray[np.int64]  # [n, 5]
+    sums: FloatArray  # [n, 10]
+
 
 def importance_weights(
     target: npt.ArrayLike,
@@ -34,6 +120,7 @@ def importance_weights(
     clip_log_ratio: Bounds = CLIP_LOG_RATIO,
     clip_log_weight: Bounds = CLIP_LOG_WEIGHT,
     span_lengths: npt.ArrayLike | None = None,
+    block_lengths: npt.ArrayLike | None = None,
 ) -> npt.NDArray[np.float32]:
     """Weights of the scored tokens of many samples, stored back to back.
 
@@ -52,6 +139,7 @@ def importance_weights(
         clip_log_ratio: bounds on each token's log-ratio, applied before summing (3.7).
         clip_log_weight: bounds on the log of a weight, applied once, after summing (3.7).
         span_lengths: tokens of each span, [m] integer, each at least 1; spans end where samples end.
+        block_lengths: tokens of each block, [k] integer likewise, in place of `block_size`.
 
     Returns:
         float32 [N], positive. The last token's weight (token level) and the last block's (block level) are 1.
@@ -61,18 +149,127 @@ def importance_weights(
     """
     target_N, behavior_N, lengths_n = _checked(target, behavior, lengths)
     check_options(level, block_size, gamma, clip_log_ratio, clip_log_weight)
-    span_ends_m = None if span_lengths is None else _checked_span_ends(span_lengths, lengths_n)
-    weights_N = np.empty(len(target_N), dtype=np.float32)
-    for start, end, lengths_c in _chunks_of_whole_samples(lengths_n):
-        span_ends = None if span_ends_m is None else _within(span_ends_m, start, end)
-        log_ratio = _log_ratios(target_N[start:end], behavior_N[start:end], span_ends)
-        np.clip(log_ratio, *clip_log_ratio, out=log_ratio)
-        blocks = _blocks(lengths_c, block_size, span_ends) if level == "block" else None
-        log_weight, repeats = _log_weights(log_ratio, lengths_c, level, blocks, math.log(gamma))
-        np.clip(log_weight, *clip_log_weight, out=log_weight)
-        weight = np.exp(log_weight, out=log_weight).astype(np.float32)
-        weights_N[start:end] = weight if repeats is None else np.repeat(weight, repeats)
+    lengths_n = lengths_n[lengths_n > 0]
+    spans = None if span_lengths is None else _checked_pieces("span_lengths", span_lengths, lengths_n)
+    blocks = None if block_lengths is None else _checked_pieces("block_lengths", block_lengths, lengths_n)
+    options = SampleOptions.alike(len(lengths_n), level, block_size, gamma, clip_log_ratio, clip_log_weight)
+    weights_N, _ = weigh(
+        target_N,
+        behavior_N,
+        lengths_n,
+        options,
+        np.full(len(lengths_n), -1),
+        GroupSums.zeros(0),
+        span_lengths=spans,
+        block_lengths=blocks if level == "block" else None,
+    )
     return weights_N
+
+
+def weigh(
+    target: npt.NDArray[np.floating],
+    behavior: npt.NDArray[np.floating],
+    lengths: IntArray,
+    options: SampleOptions,
+    groups: npt.NDArray[np.integer],
+    totals: GroupSums,
+    *,
+    span_lengths: IntArray | None = None,
+    block_lengths: IntArray | None = None,
+) -> tuple[npt.NDArray[np.float32], SampleSums]:
+    """Weights of the tokens [N] of n samples and the sums of each; adds to `totals` as it goes.
+
+    Args:
+        target: log-probs [N], float32 or float64; so `behavior`. Where one is not finite, so are its sample's sums.
+        lengths: scored tokens of each sample [n], each at least 1, summing to N.
+        groups: [n] the group of `totals` a sample counts to, -1 for none.
+        span_lengths: as in `importance_weights`.
+        block_lengths: tokens of each block, instead of `options.block_size`; summing to N.
+    """
+    spread = None
+    if span_lengths is not None:
+        spread = np.cumsum(span_lengths, dtype=np.int64)
+        target, behavior = _spread(target, span_lengths), _spread(behavior, span_lengths)
+    block_ends = _block_ends(lengths, options.block_size, block_lengths, spread)
+    weights = np.empty(len(target), dtype=np.float32)
+    found = SampleSums(np.empty((len(lengths), 5), dtype=np.int64), np.empty((len(lengths), 10)))
+    bounds = np.exp(options.clip_log_weight)
+    space: FloatArray = np.empty((2, 0))
+    first_block = 0
+    for start, end, first, last in _chunks_of_whole_samples(lengths):
+        if space.shape[1] < end - start:
+            space = np.empty((2, end - start))
+        ends = np.cumsum(lengths[first:last])
+        last_block = int(np.searchsorted(block_ends, end, side="right"))
+        chunk_blocks = block_ends[first_block:last_block] - start
+        first_block = last_block
+        _weigh_chunk(
+            target[start:end],
+            behavior[start:end],
+            ends,
+            groups[first:last].astype(np.int64, copy=False),
+            options.between(first, last),
+            chunk_blocks,
+            bounds[first:last],
+            space,
+            weights[start:end],
+            totals,
+            SampleSums(found.counts[first:last], found.sums[first:last]),
+        )
+    return weights, found
+
+
+def _weigh_chunk(
+    target: npt.NDArray[np.floating],
+    behavior: npt.NDArray[np.floating],
+    ends: IntArray,
+    groups: IntArray,
+    options: SampleOptions,
+    block_ends: IntArray,
+    bounds: FloatArray,
+    space: FloatArray,
+    weights: npt.NDArray[np.float32],
+    totals: GroupSums,
+    found: SampleSums,
+) -> None:
+    from pear_data.kernels import scan, tally
+
+    blocks = (options.levels, options.block_size, block_ends)
+    units = scan(
+        target,
+        behavior,
+        ends,
+        groups,
+        *blocks,
+        options.center,
+        options.center_samples,
+        options.log_gamma,
+        options.clip_log_ratio,
+        options.clip_log_weight,
+        space[0],
+        space[1],
+        totals.counts,
+        totals.sums,
+        found.counts,
+        found.sums,
+        totals.log_ratios,
+    )
+    unit_weights = np.exp(space[1, :units], out=space[1, :units])
+    tally(
+        unit_weights,
+        ends,
+        groups,
+        *blocks,
+        bounds,
+        options.scale,
+        options.scale_samples,
+        weights,
+        totals.counts,
+        totals.sums,
+        found.counts,
+        found.sums,
+        totals.weights,
+    )
 
 
 def log_ratios(
@@ -84,8 +281,8 @@ def log_ratios(
 
     `target` and `behavior` are log-probs [N]; `span_lengths` [m] sum to N.
     """
-    span_ends = None if span_lengths is None else np.cumsum(span_lengths, dtype=np.int64)
-    return _log_ratios(target, behavior, span_ends)
+    log_ratio: FloatArray = np.subtract(target, behavior, dtype=np.float64)
+    return log_ratio if span_lengths is None else _spread(log_ratio, np.asarray(span_lengths, dtype=np.int64))
 
 
 def common_spans(first: npt.NDArray[np.integer], second: npt.NDArray[np.integer]) -> IntArray:
@@ -131,83 +328,61 @@ def _checked(
     return target_N, behavior_N, lengths_n.astype(np.int64, copy=False)
 
 
-def _chunks_of_whole_samples(lengths_n: IntArray) -> Iterator[tuple[int, int, IntArray]]:
-    """(start, end, lengths) of runs of samples of about CHUNK_TOKENS tokens; empty samples are left out."""
-    lengths_n = lengths_n[lengths_n > 0]
-    ends = np.cumsum(lengths_n)
+def _chunks_of_whole_samples(lengths: IntArray) -> Iterator[tuple[int, int, int, int]]:
+    """(first token, its end, first sample, its end) of runs of samples of about CHUNK_TOKENS tokens."""
+    ends = np.cumsum(lengths)
     first = start = 0
-    while first < len(lengths_n):
+    while first < len(lengths):
         last = max(first + 1, int(np.searchsorted(ends, start + CHUNK_TOKENS, side="right")))
         end = int(ends[last - 1])
-        yield start, end, lengths_n[first:last]
+        yield start, end, first, last
         first, start = last, end
 
 
-def _checked_span_ends(span_lengths: npt.ArrayLike, lengths_n: IntArray) -> IntArray:
-    lengths_m = np.asarray(span_lengths)
+def _checked_pieces(name: str, piece_lengths: npt.ArrayLike, lengths_n: IntArray) -> IntArray:
+    lengths_m = np.asarray(piece_lengths)
     if lengths_m.ndim != 1 or (lengths_m.size and not np.issubdtype(lengths_m.dtype, np.integer)):
-        raise ValueError(f"span_lengths are {lengths_m.dtype} {lengths_m.shape}, not a flat list of integers")
-    span_ends = np.cumsum(lengths_m, dtype=np.int64)
-    sample_ends = np.cumsum(lengths_n[lengths_n > 0])
-    inside = np.isin(sample_ends, span_ends)
+        raise ValueError(f"{name} are {lengths_m.dtype} {lengths_m.shape}, not a flat list of integers")
+    ends = np.cumsum(lengths_m, dtype=np.int64)
+    inside = np.isin(np.cumsum(lengths_n), ends)
     if (lengths_m < 1).any() or lengths_m.sum() != lengths_n.sum() or not inside.all():
         raise ValueError(
-            f"span_lengths ({len(lengths_m)} that sum to {lengths_m.sum()}) must each be at least 1 and sum to every "
+            f"{name} ({len(lengths_m)} that sum to {lengths_m.sum()}) must each be at least 1 and sum to every "
             f"sample's length ({len(lengths_n)} samples of {lengths_n.sum()} tokens)"
         )
-    return span_ends
+    return lengths_m.astype(np.int64, copy=False)
 
 
-def _within(span_ends: IntArray, start: int, end: int) -> IntArray:
-    """The spans of the tokens from `start` to `end`, as ends counted from `start`."""
-    first, last = np.searchsorted(span_ends, (start, end), side="right")
-    return span_ends[first:last] - start
+def _spread(values: npt.NDArray[np.floating], span_lengths: IntArray) -> FloatArray:
+    """Each span's sum, spread evenly over its tokens."""
+    if not len(span_lengths):
+        return values.astype(np.float64)
+    starts = np.cumsum(span_lengths) - span_lengths
+    means = np.add.reduceat(values, starts, dtype=np.float64) / span_lengths
+    return np.repeat(means, span_lengths)
 
 
-def _log_ratios(
-    target: npt.NDArray[np.floating], behavior: npt.NDArray[np.floating], span_ends: IntArray | None
-) -> FloatArray:
-    log_ratio: FloatArray = np.subtract(target, behavior, dtype=np.float64)
-    if span_ends is None or not len(span_ends):
-        return log_ratio
-    lengths = np.diff(span_ends, prepend=0)
-    return np.repeat(np.add.reduceat(log_ratio, span_ends - lengths) / lengths, lengths)
+def _block_ends(
+    lengths: IntArray, block_size: int, block_lengths: IntArray | None, span_ends: IntArray | None
+) -> IntArray:
+    """Where each block of the tokens ends; empty where blocks are of `block_size` tokens and no span moves them."""
+    if block_lengths is not None:
+        ends = np.cumsum(block_lengths)
+    elif span_ends is not None:
+        ends = _even_block_ends(lengths, block_size)
+    else:
+        return np.empty(0, dtype=np.int64)
+    if span_ends is None or not len(ends):
+        return ends
+    # A block's end inside a span is moved on to the end of that span; blocks that then end together are one.
+    moved: IntArray = np.unique(span_ends[np.searchsorted(span_ends, ends)])
+    return moved
 
 
-def _blocks(lengths: IntArray, block_size: int, span_ends: IntArray | None) -> tuple[IntArray, IntArray]:
-    """(ends [k], blocks per sample [n]): where each block of a chunk ends, and how many each sample has."""
+def _even_block_ends(lengths: IntArray, block_size: int) -> IntArray:
     blocks = -(-lengths // block_size)
     ends = np.cumsum(lengths)
     block_in_sample = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
     sample_start, sample_end = np.repeat(ends - lengths, blocks), np.repeat(ends, blocks)
-    block_end = np.minimum(sample_start + (block_in_sample + 1) * block_size, sample_end)
-    return (block_end, blocks) if span_ends is None else _on_span_ends(block_end, blocks, span_ends)
-
-
-def _on_span_ends(block_end: IntArray, blocks: IntArray, span_ends: IntArray) -> tuple[IntArray, IntArray]:
-    """Blocks whose ends are moved on to the end of the span they fall in; those that then end together are one."""
-    moved = span_ends[np.searchsorted(span_ends, block_end)]
-    last = np.append(moved[1:] != moved[:-1], True)
-    return moved[last], np.add.reduceat(last, np.cumsum(blocks) - blocks, dtype=np.int64)
-
-
-def _log_weights(
-    log_ratio: FloatArray,
-    lengths: IntArray,
-    level: Level,
-    blocks: tuple[IntArray, IntArray] | None,
-    log_gamma: float,
-) -> tuple[FloatArray, IntArray | None]:
-    """log G of a chunk: one value per token (repeats None), or one per block or sample and how often it repeats.
-
-    `blocks` are of any lengths; each ends inside or with its sample.
-    """
-    ends = np.cumsum(lengths)
-    if level == "sequence":
-        return np.add.reduceat(log_ratio, ends - lengths), lengths
-    discounted = np.cumsum(log_ratio + log_gamma)
-    if blocks is None:
-        return np.repeat(discounted[ends - 1], lengths) - discounted, None
-    block_end, per_sample = blocks
-    log_weight = discounted[np.repeat(ends, per_sample) - 1] - discounted[block_end - 1]
-    return log_weight, np.diff(block_end, prepend=0)
+    block_ends: IntArray = np.minimum(sample_start + (block_in_sample + 1) * block_size, sample_end)
+    return block_ends

@@ -90,14 +90,22 @@ class RayHost:
         self._ray.kill(self._actor)
 
     def _get(self, reference: Any) -> Any:
-        try:
+        with cluster_errors():
             return self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:
-            raise PearError(
-                f"a Ray worker cannot run pear-data ({_last_line(error)}): install the same pear-data on every node"
-            ) from error
-        except self._ray.exceptions.RayError as error:
-            raise EngineLostError(f"Ray lost its worker: {_first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def cluster_errors() -> Iterator[None]:
+    """Make Ray's errors ours: a worker that cannot run our code is a PearError, a lost one an EngineLostError."""
+    errors = _imported().exceptions
+    try:
+        yield
+    except errors.RayTaskError as error:
+        raise PearError(
+            f"a Ray worker cannot run pear-data ({_last_line(error)}): install the same pear-data on every node"
+        ) from error
+    except errors.RayError as error:
+        raise EngineLostError(f"Ray lost its worker: {_first_line(error)}") from None
 
 
 def _imported() -> Any:

@@ -1,65 +1,104 @@
-"""Importance weights of a scored corpus, one sidecar file per shard."""
+"""Importance weights of a scored corpus: sidecar files per shard, as many shards at once as workers."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
+import pyarrow.parquet as pq
 
-from pear_data.config import WeightSettings
+from pear_data.config import BASELINES, WeightSettings
+from pear_data.errors import UsageError
 from pear_data.progress import Outcome, Progress
-from pear_data.schema import FLOATS, STATUS_DROPPED, STATUS_OK, STATUS_UNSCORED, WEIGHTS
-from pear_data.stages.alignment import AlignedShard, aligned_row_groups, aligned_shards
-from pear_data.stages.spans import ALIGNED_BY_BYTES, compared_spans, spanned_policies
+from pear_data.runners.shard_workers import default_workers, run_shards
+from pear_data.schema import STATUS_UNSCORED
+from pear_data.stages.alignment import AlignedShard, aligned_shards
+from pear_data.stages.spans import ALIGNED_BY_BYTES, spanned_policies
+from pear_data.stages.weigh_shard import WeightJob, sum_log_ratios, sum_weights, weigh_shard
 from pear_data.store import Store
-from pear_data.store.columns import flat_values, list_column
-from pear_data.store.manifest import CORPUS, Shard
-from pear_data.store.shards import parquet_shard, write_group
-from pear_data.weighting import importance_weights, log_ratios
+from pear_data.store.manifest import CORPUS
 
-Floats = npt.NDArray[np.float32]
-Counts = npt.NDArray[np.int64]
+Found = TypeVar("Found")
+
+# Settings that say where the work is done, and change no weight.
+_PLACEMENT = {"name", "workers", "runner", "ray_address"}
 
 
 def weight(store: Store, settings: WeightSettings, progress: Progress, *, overwrite: bool = False) -> Outcome:
     """Compute one weighting for every shard that lacks it.
 
     Raises:
-        UsageError: a policy is not scored, or its scoring is not finished.
+        UsageError: a policy is not scored, or its scoring is not finished; a source of `per_source` is not there.
         MismatchError: the weighting exists with other settings, or an artefact changed on disk.
+        PearError: a worker was killed, the disk refused, or Ray has no room.
     """
-    target, behavior = f"scores/{settings.target}", f"scores/{settings.behavior}"
+    policies = _policies(store, settings)
     key = f"weights/{settings.stored_name}"
-    shards = aligned_shards(store, [target, behavior])
-    stage = store.begin(key, _stage_settings(store, settings), overwrite=overwrite)
+    shards = aligned_shards(store, [f"scores/{policy}" for policy in policies])
+    _check_sources(store, settings, shards)
+    stage = store.begin(key, _stage_settings(store, settings, policies), overwrite=overwrite)
     # Shards are redone below, one by one; until the last is, readers must not take the mixture for finished.
     pending = [s for s in shards if not store.is_current(key, stage.shard(s.name), s.checksums)]
     stage.complete = stage.complete and not pending
-    if spanned := spanned_policies(store.manifest, settings.target, settings.behavior):
-        stage.decisions[ALIGNED_BY_BYTES] = _approximate(settings, spanned)
-        progress.say(f"{key}: {stage.decisions[ALIGNED_BY_BYTES]}")
-    progress.begin(key, sum(s.entries[target].num_scored for s in pending), "tokens")
-    for shard in pending:
-        entry = _weight_shard(store, key, shard, settings, progress)
-        store.commit(key, entry)
-        progress.shard(shard.name, f"{entry.rows} samples")
-    progress.end()
+    for decision, sentence in _decisions(store, settings, policies).items():
+        stage.decisions[decision] = sentence
+        progress.say(f"{key}: {sentence}")
+    if pending:
+        jobs = _corpus_wide(store, [_job(store, shard, settings) for shard in shards], progress)
+        _weigh(store, key, [job for job in jobs if job.name in {shard.name for shard in pending}], progress)
     stage.complete = True
     store.save()
     return _outcome(store, key)
 
 
-def _stage_settings(store: Store, settings: WeightSettings) -> dict[str, Any]:
-    chosen = settings.model_dump(mode="json", exclude={"name"})
-    if settings.level != "block":
-        del chosen["block_size"]
-    if settings.level == "sequence":
-        del chosen["gamma"]
-    inputs = (CORPUS, f"scores/{settings.target}", f"scores/{settings.behavior}")
+def _policies(store: Store, settings: WeightSettings) -> list[str]:
+    """The policies a weighting reads: a baseline does without a behavior policy that was never scored."""
+    if settings.level in BASELINES and f"scores/{settings.behavior}" not in store.manifest.stages:
+        return [settings.target]
+    return [settings.target, settings.behavior]
+
+
+def _stage_settings(store: Store, settings: WeightSettings, policies: Sequence[str]) -> dict[str, Any]:
+    chosen = settings.model_dump(mode="json", exclude=_PLACEMENT)
+    unused = {
+        "token": ("block_by", "block_size", "block_regex"),
+        "block": ("block_regex",) if settings.block_by == "tokens" else ("block_size",),
+        "sequence": ("block_by", "block_size", "block_regex", "gamma"),
+    }
+    baseline = ("block_by", "block_size", "block_regex", "gamma", "clip_log_ratio", "clip_log_weight")
+    for name in unused.get(settings.level, baseline):
+        del chosen[name]
+    inputs = (CORPUS, *(f"scores/{policy}" for policy in policies))
     return {**chosen, "inputs": {key: store.stage(key).fingerprint for key in inputs}}
+
+
+def _check_sources(store: Store, settings: WeightSettings, shards: Sequence[AlignedShard]) -> None:
+    unseen = set(settings.per_source)
+    for shard in shards:
+        if not unseen:
+            return
+        entry = shard.entries[CORPUS]
+        table = pq.read_table(store.file(entry.summary or entry.file), columns=["source"])
+        unseen -= set(table["source"].unique().to_pylist())
+    if unseen:
+        raise UsageError(
+            f"per_source: no sample is of source {min(unseen)!r}: "
+            "`pear-data sql 'select distinct source from samples'` lists them"
+        )
+
+
+def _decisions(store: Store, settings: WeightSettings, policies: Sequence[str]) -> dict[str, str]:
+    decisions = {}
+    if len(policies) == 1:
+        decisions["log_ratios"] = (
+            f"{settings.behavior} is not scored, so there are no log-ratios; {settings.level} weights need none"
+        )
+    elif spanned := spanned_policies(store.manifest, *policies):
+        decisions[ALIGNED_BY_BYTES] = _approximate(settings, spanned)
+    return decisions
 
 
 def _approximate(settings: WeightSettings, spanned: list[str]) -> str:
@@ -68,6 +107,8 @@ def _approximate(settings: WeightSettings, spanned: list[str]) -> str:
         "token": "a weight takes an even share of its own span's log-ratio for the tokens behind it",
         "block": "a block that would end inside a span ends with the span, so blocks can be longer than asked for",
         "sequence": "sums over a sample are those of the whole text",
+        "uniform": "weights do not depend on them",
+        "dft": "a weight is the exponential of its token's share of a span's log-prob",
     }
     return (
         f"{', '.join(spanned)} reads the text with another tokenizer: log-ratios are exact over spans on which both "
@@ -75,138 +116,95 @@ def _approximate(settings: WeightSettings, spanned: list[str]) -> str:
     )
 
 
-def _weight_shard(
-    store: Store, key: str, shard: AlignedShard, settings: WeightSettings, progress: Progress
-) -> Shard:
-    final = store.path / key / f"{shard.name}.parquet"
-    target, behavior = f"scores/{settings.target}", f"scores/{settings.behavior}"
-    columns = {
-        CORPUS: ["label"],
-        target: ["logprobs", "span_tokens", "num_scored", "status"],
-        behavior: ["logprobs", "span_tokens", "status"],
-    }
-    statuses: dict[str, int] = {}
-    rows = weighted = 0
-    with parquet_shard(final, WEIGHTS) as writer:
-        for tables in aligned_row_groups(store, shard, columns):
-            table = _weight_rows(tables[CORPUS]["label"], tables[target], tables[behavior], settings)
-            write_group(writer, table)
-            for count in table["status"].value_counts().to_pylist():
-                statuses[count["values"]] = statuses.get(count["values"], 0) + count["counts"]
-            rows += len(table)
-            weighted += _tokens_ok(table)
-            progress.advance(_tokens_ok(tables[target]))
-    return Shard(
+def _job(store: Store, shard: AlignedShard, settings: WeightSettings) -> WeightJob:
+    needs_text = settings.level == "block" and settings.block_by != "tokens"
+    return WeightJob(
+        root=store.path,
         name=shard.name,
-        file=store.entry_of(final),
-        rows=rows,
-        num_tokens=weighted,
-        num_scored=weighted,
-        counts=statuses,
-        inputs=shard.checksums,
+        settings=settings,
+        corpus=shard.entries[CORPUS],
+        target=shard.entries[f"scores/{settings.target}"],
+        behavior=shard.entries.get(f"scores/{settings.behavior}"),
+        manifest=store.manifest.model_copy(update={"stages": {}}) if needs_text else None,
     )
 
 
-def _weight_rows(
-    labels: pa.ChunkedArray, target: pa.Table, behavior: pa.Table, settings: WeightSettings
-) -> pa.Table:
-    """One row group of weights; rows that a policy could not score get status unscored and no weights."""
-    scored = _is_ok(target) & _is_ok(behavior)
-    keep = pa.array(scored)
-    lengths = target["num_scored"].to_numpy().astype(np.int64)
-    target_logprobs = flat_values(target["logprobs"].filter(keep))
-    behavior_logprobs = flat_values(behavior["logprobs"].filter(keep))
-    spans = compared_spans(target.filter(keep), behavior.filter(keep))
-    negative = labels.to_numpy()[scored] < 0
-    weights = _weights(target_logprobs, behavior_logprobs, lengths[scored], spans, negative, settings)
-    log_ratio = log_ratios(target_logprobs, behavior_logprobs, spans)
-    summary = _summary(weights, log_ratio, lengths[scored], settings.clip_log_ratio)
-
-    status = np.full(len(scored), STATUS_UNSCORED, dtype=object)
-    status[scored] = np.where(negative & (settings.negative_scale == 0), STATUS_DROPPED, STATUS_OK)
-    columns: dict[str, Any] = {
-        "sample_id": target["sample_id"],
-        "weights": list_column(weights, np.where(scored, lengths, 0), FLOATS, scored),
-        "num_scored": target["num_scored"],
-        **{name: _scatter(values, scored, WEIGHTS.field(name).type) for name, values in summary.items()},
-        "status": pa.array(status, type=pa.string()),
-    }
-    return pa.table([columns[name] for name in WEIGHTS.names], schema=WEIGHTS)
+def _corpus_wide(store: Store, jobs: list[WeightJob], progress: Progress) -> list[WeightJob]:
+    """The jobs with what they need to know of all shards: the mean log-ratio, the mean weight."""
+    settings = jobs[0].settings
+    decisions = store.stage(f"weights/{settings.stored_name}").decisions
+    if settings.center == "corpus":
+        center = _mean(sum_log_ratios, jobs, store, progress, "log-ratio")
+        decisions["center"] = center
+        jobs = [replace(job, center=center) for job in jobs]
+    if settings.normalize == "corpus":
+        mean = _mean(sum_weights, jobs, store, progress, "weight")
+        if mean <= 0:
+            raise UsageError("normalize corpus: no positive sample has a weight to take the mean of")
+        decisions["scale"] = 1 / mean
+        jobs = [replace(job, scale=1 / mean) for job in jobs]
+    return jobs
 
 
-def _weights(
-    target: Floats,
-    behavior: Floats,
-    lengths: Counts,
-    spans: Counts | None,
-    negative: npt.NDArray[np.bool_],
-    settings: WeightSettings,
-) -> Floats:
-    """Weights of the scored rows; negatives get their sequence-level weight times -lambda (3.6)."""
-    kernel = functools.partial(
-        importance_weights,
-        block_size=settings.block_size,
-        gamma=settings.gamma,
-        clip_log_ratio=settings.clip_log_ratio,
-        clip_log_weight=settings.clip_log_weight,
+def _mean(
+    summed: Callable[[WeightJob], tuple[float, int]],
+    jobs: Sequence[WeightJob],
+    store: Store,
+    progress: Progress,
+    what: str,
+) -> float:
+    total, tokens = 0.0, 0
+    progress.begin(f"mean {what}", len(jobs), "shards")
+    found = []
+    with contextlib.closing(_shards(summed, jobs, store)) as parts:
+        for part in parts:
+            found.append(part)
+            progress.advance(1)
+    progress.end()
+    # Sorted, so that the sum does not depend on which worker was first.
+    for total_part, count in sorted(found):
+        total, tokens = total + total_part, tokens + count
+    mean = total / tokens if tokens else 0.0
+    progress.say(f"mean {what} of {tokens:,} scored tokens: {mean:.6g}")
+    return mean
+
+
+def _shards(
+    work: Callable[[WeightJob], Found], jobs: Sequence[WeightJob], store: Store
+) -> Generator[Found, None, None]:
+    settings = jobs[0].settings
+    tokens = sum(job.target.num_scored for job in jobs)
+    workers = settings.workers or (
+        default_workers(len(jobs), tokens) if settings.runner == "local" else len(jobs)
     )
-    weights = kernel(target, behavior, lengths, level=settings.level, span_lengths=spans)
-    if negative.any():
-        tokens = np.repeat(negative, lengths)
-        negative_spans = None if spans is None else spans[tokens[np.cumsum(spans) - spans]]
-        sequence = kernel(
-            target[tokens],
-            behavior[tokens],
-            lengths[negative],
-            level="sequence",
-            span_lengths=negative_spans,
-        )
-        weights[tokens] = -settings.negative_scale * sequence if settings.negative_scale else 0.0
-    return weights
+    return run_shards(
+        work,
+        jobs,
+        workers=workers,
+        runner=settings.runner,
+        ray_address=settings.ray_address,
+        root=store.path,
+    )
 
 
-def _summary(
-    weights: Floats, log_ratio: npt.NDArray[np.float64], lengths: Counts, clip_log_ratio: tuple[float, float]
-) -> dict[str, npt.NDArray[Any]]:
-    """Per-sample summary columns; every length is at least 1."""
-    if not len(lengths):
-        return {name: np.empty(0) for name in WEIGHTS.names[3:-1]}
-    starts = np.cumsum(lengths) - lengths
-    total = np.add.reduceat(weights, starts, dtype=np.float64)
-    squares = np.add.reduceat(np.square(weights, dtype=np.float64), starts)
-    return {
-        "log_ratio_sum": np.add.reduceat(log_ratio, starts),
-        "weight_mean": total / lengths,
-        "weight_min": np.minimum.reduceat(weights, starts),
-        "weight_max": np.maximum.reduceat(weights, starts),
-        "ess": np.divide(total**2, squares, out=np.zeros_like(total), where=squares > 0),
-        "clipped_low": np.add.reduceat(log_ratio < clip_log_ratio[0], starts, dtype=np.int64),
-        "clipped_high": np.add.reduceat(log_ratio > clip_log_ratio[1], starts, dtype=np.int64),
-    }
-
-
-def _tokens_ok(table: pa.Table) -> int:
-    """Scored tokens of the rows with status ok."""
-    return int(table["num_scored"].to_numpy()[_is_ok(table)].sum())
-
-
-def _is_ok(scores: pa.Table) -> npt.NDArray[np.bool_]:
-    return np.asarray(scores["status"].to_numpy(zero_copy_only=False) == STATUS_OK, dtype=np.bool_)
-
-
-def _scatter(values: npt.NDArray[Any], rows: npt.NDArray[np.bool_], kind: pa.DataType) -> pa.Array:
-    """A column with `values` at the true `rows` and nulls elsewhere."""
-    column = np.zeros(len(rows), dtype=values.dtype)
-    column[rows] = values
-    return pa.array(column, mask=~rows).cast(kind)
+def _weigh(store: Store, key: str, jobs: Sequence[WeightJob], progress: Progress) -> None:
+    progress.begin(key, sum(job.target.num_scored for job in jobs), "tokens")
+    tokens = {job.name: job.target.num_scored for job in jobs}
+    try:
+        with contextlib.closing(_shards(weigh_shard, jobs, store)) as entries:
+            for entry in entries:
+                store.commit(key, entry)
+                progress.advance(tokens[entry.name])
+                progress.shard(entry.name, f"{entry.rows} samples")
+    finally:
+        progress.end()
 
 
 def _outcome(store: Store, key: str) -> Outcome:
     stage = store.stage(key)
-    statuses: dict[str, int] = {}
+    statuses: Counter[str] = Counter()
     for shard in stage.shards:
-        for status, count in shard.counts.items():
-            statuses[status] = statuses.get(status, 0) + count
+        statuses.update(shard.counts)
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
     summary = f"{key}: {stage.num_scored:,} weighted tokens in {stage.rows:,} samples ({counts})"
     return Outcome(summary, rejected=statuses.get(STATUS_UNSCORED, 0))
