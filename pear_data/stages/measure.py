@@ -1,57 +1,66 @@
-"""One pass over a weighting and the log-probs it was made from: running sums and histograms for each source."""
+"""What a weighting's totals files say, merged over its shards: sums and histograms for each source, no token read."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pear_data.config import WeightSettings
-from pear_data.schema import STATUS_OK
-from pear_data.stages.alignment import aligned_row_groups, aligned_shards
+from pear_data.errors import MismatchError
+from pear_data.schema import DECILES, STATUS_DROPPED, STATUS_OK, STATUS_UNSCORED, WEIGHT_TOTALS
+from pear_data.stages.alignment import aligned_shards
 from pear_data.stages.histogram import Histogram
-from pear_data.stages.spans import compared_spans
 from pear_data.store import Store
-from pear_data.store.columns import flat_values
-from pear_data.store.manifest import CORPUS
-from pear_data.weighting import log_ratios
-
-DECILES = 10
-# Log-ratios are bounded at this inside exp, so that a wild one shows as a huge number and not as infinity.
-EXP_BOUND = 300.0
+from pear_data.store.columns import flat_values, list_lengths, offsets_of
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
 
+def _counts() -> Counts:
+    return np.zeros(DECILES, dtype=np.int64)
+
+
+def _sums() -> Floats:
+    return np.zeros(DECILES)
+
+
 @dataclass(slots=True)
 class Totals:
-    """Sums over the tokens (N), samples (n) and tenths of samples of one source; d is the unclipped log-ratio."""
+    """Sums over the samples with label 1 and status ok of one source, and by tenth of their scored tokens [DECILES].
+
+    w are weights and d log-ratios, unclipped and uncentered. What needs the behavior policy is NaN or empty where the
+    store has none.
+    """
 
     statuses: Counter[str] = field(default_factory=Counter)
     negatives: int = 0
     samples: int = 0
-    tokens: int = 0
-    weight: float = 0.0  # sum w
-    weight_square: float = 0.0  # sum w^2
     sample_weight: float = 0.0  # sum over samples of their mean weight
     sample_weight_square: float = 0.0
-    target_logprob: float = 0.0
-    behavior_logprob: float = 0.0
-    k3: float = 0.0  # sum exp(d) - 1 - d
-    ratio_square: float = 0.0  # sum exp(2 d)
     sample_ratio_square: float = 0.0  # sum over samples of exp(2 sum d)
-    ratio_low: int = 0  # tokens with d below the lower clip
-    ratio_high: int = 0
-    weight_low: int = 0  # tokens whose weight is the lower bound
-    weight_high: int = 0
-    decile_weight: Floats = field(default_factory=lambda: np.zeros(DECILES))
-    decile_tokens: Counts = field(default_factory=lambda: np.zeros(DECILES, dtype=np.int64))
+    decile_tokens: Counts = field(default_factory=_counts)
+    decile_weight: Floats = field(default_factory=_sums)  # sum w
+    decile_weight_square: Floats = field(default_factory=_sums)  # sum w^2
+    decile_target: Floats = field(default_factory=_sums)  # sum of the target's log-probs
+    decile_behavior: Floats = field(default_factory=_sums)
+    decile_ratio_square: Floats = field(default_factory=_sums)  # sum d^2
+    decile_ratio_low: Counts = field(default_factory=_counts)  # tokens past the lower log-ratio clip
+    decile_ratio_high: Counts = field(default_factory=_counts)
+    decile_weight_low: Counts = field(default_factory=_counts)  # tokens at the lower log-weight clip
+    decile_weight_high: Counts = field(default_factory=_counts)
     weights: Histogram = field(default_factory=Histogram)
     log_ratios: Histogram = field(default_factory=Histogram)
+    sample_weights: Histogram = field(default_factory=Histogram)  # of samples' sum of weights
 
     def update(self, other: Totals) -> None:
         """Add another source's totals."""
@@ -62,10 +71,60 @@ class Totals:
             else:
                 setattr(self, entry.name, mine + theirs)
 
+    @property
+    def tokens(self) -> int:
+        """Scored tokens."""
+        return int(self.decile_tokens.sum())
+
+    @property
+    def weight(self) -> float:
+        """Sum w."""
+        return float(self.decile_weight.sum())
+
+    @property
+    def weight_square(self) -> float:
+        """Sum w^2."""
+        return float(self.decile_weight_square.sum())
+
+    @property
+    def target_logprob(self) -> float:
+        """Sum of the target's log-probs."""
+        return float(self.decile_target.sum())
+
+    @property
+    def behavior_logprob(self) -> float:
+        """Sum of the behavior policy's log-probs; NaN where it is not known."""
+        return float(self.decile_behavior.sum())
+
+    @property
+    def ratio_square(self) -> float:
+        """Sum d^2."""
+        return float(self.decile_ratio_square.sum())
+
+    @property
+    def ratio_low(self) -> int:
+        """Tokens whose log-ratio, centered if so asked, is below the lower clip."""
+        return int(self.decile_ratio_low.sum())
+
+    @property
+    def ratio_high(self) -> int:
+        """Tokens whose log-ratio, centered if so asked, is above the upper clip."""
+        return int(self.decile_ratio_high.sum())
+
+    @property
+    def weight_low(self) -> int:
+        """Tokens whose weight is at the lower bound."""
+        return int(self.decile_weight_low.sum())
+
+    @property
+    def weight_high(self) -> int:
+        """Tokens whose weight is at the upper bound."""
+        return int(self.decile_weight_high.sum())
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one pass found for a weighting: totals by source, in the order of first appearance."""
+    """A weighting's totals by source, in the order of first appearance."""
 
     name: str
     settings: WeightSettings
@@ -79,45 +138,26 @@ class Measured:
         return totals
 
 
-@dataclass(frozen=True, slots=True)
-class _Tokens:
-    """Weighted tokens of n samples, back to back [N]."""
-
-    target: npt.NDArray[np.float32]
-    behavior: npt.NDArray[np.float32]
-    weights: npt.NDArray[np.float32]
-    lengths: Counts  # [n], each at least 1
-    spans: Counts | None  # tokens of each span, summing to N; None where both policies share the ids
-
-
 def measure(store: Store, name: str) -> Measured:
-    """Read a weighting and its two policies once. Memory is bounded by a row group and the histograms.
-
-    Only samples with label 1 and status ok are summed; negatives and other statuses are counted.
+    """Merge the totals files of a weighting. Memory is bounded by its sources and the bins they use.
 
     Raises:
-        UsageError: the weighting or one of its policies is missing or not finished.
-        MismatchError: an artefact differs from its manifest, or the weighting is not of the present log-probs.
+        UsageError: the weighting is missing or not finished.
+        MismatchError: a totals file differs from its manifest or is missing, or the weighting is not of the present
+            log-probs.
     """
     key = f"weights/{name}"
     settings = weighting_settings(store, name)
-    target, behavior = f"scores/{settings.target}", f"scores/{settings.behavior}"
-    columns = {
-        CORPUS: ["source", "label"],
-        target: ["logprobs", "span_tokens"],
-        behavior: ["logprobs", "span_tokens"],
-        key: ["weights", "num_scored", "status"],
-    }
     sources: dict[str, Totals] = {}
-    for shard in aligned_shards(store, [target, behavior, key]):
-        for tables in aligned_row_groups(store, shard, columns):
-            named = tables[CORPUS]["source"].combine_chunks().dictionary_encode()
-            for code, source in enumerate(named.dictionary.to_pylist()):
-                rows = np.flatnonzero(named.indices.to_numpy() == code)
-                totals = sources.setdefault(source, Totals())
-                kept = _count_rows(tables[CORPUS], tables[key], rows, totals)
-                if len(kept):
-                    _add(totals, _tokens(tables[target], tables[behavior], tables[key], kept), settings)
+    for shard in aligned_shards(store, [key]):
+        entry = shard.entries[key].totals
+        if entry is None:
+            raise MismatchError(
+                f"{key} in {store.path} was made by an earlier pear-data, without the totals that diagnostics read: "
+                f"run `pear-data weight --name {name} --overwrite` with its settings"
+            )
+        for source, totals in _by_source(store.file(entry)):
+            sources.setdefault(source, Totals()).update(totals)
     return Measured(name, settings, sources)
 
 
@@ -128,63 +168,48 @@ def weighting_settings(store: Store, name: str) -> WeightSettings:
     return WeightSettings(**chosen, name=name)
 
 
-def bound_weights(settings: WeightSettings) -> tuple[np.float32, np.float32]:
-    """The weights at the two log-weight clips, as stored."""
-    with np.errstate(over="ignore"):
-        low, high = np.exp(np.array(settings.clip_log_weight)).astype(np.float32)
-    return low, high
+def _by_source(path: Path) -> Iterator[tuple[str, Totals]]:
+    """Each source of a totals file."""
+    with pq.ParquetFile(path) as parquet:
+        table = parquet.read()
+    if not table.schema.equals(WEIGHT_TOTALS):
+        raise MismatchError(f"{path} has other columns than totals have: run `pear-data verify`")
+    numbers = {name: _per_row(table[name]) for name in table.column_names if name != "source"}
+    for row, source in enumerate(table["source"].to_pylist()):
+        yield source, _totals({name: values[row] for name, values in numbers.items()})
 
 
-def _count_rows(corpus: pa.Table, weights: pa.Table, rows: Counts, totals: Totals) -> Counts:
-    """Count the statuses of `rows`; return those whose tokens are summed."""
-    status = weights["status"].to_numpy()[rows]
-    totals.statuses.update(status.tolist())
-    ok = status == STATUS_OK
-    negative = corpus["label"].to_numpy()[rows] < 0
-    totals.negatives += int(negative.sum())
-    kept: Counts = rows[ok & ~negative]
-    return kept
+def _per_row(column: pa.ChunkedArray) -> Any:
+    """The value of each row: numbers [n], or a list of n arrays."""
+    if not pa.types.is_list(column.type):
+        return column.to_pylist()
+    values, offsets = flat_values(column), offsets_of(list_lengths(column))
+    return [values[start:end] for start, end in itertools.pairwise(offsets)]
 
 
-def _tokens(target: pa.Table, behavior: pa.Table, weights: pa.Table, rows: Counts) -> _Tokens:
-    taken = pa.array(rows)
-    target, behavior = target.take(taken), behavior.take(taken)
-    return _Tokens(
-        flat_values(target["logprobs"]),
-        flat_values(behavior["logprobs"]),
-        flat_values(weights["weights"].take(taken)),
-        weights["num_scored"].to_numpy()[rows].astype(np.int64),
-        compared_spans(target, behavior),
+def _totals(row: dict[str, Any]) -> Totals:
+    statuses = {status: row[status] for status in (STATUS_OK, STATUS_UNSCORED, STATUS_DROPPED)}
+    totals = Totals(
+        statuses=Counter({status: count for status, count in statuses.items() if count}),
+        negatives=row["negatives"],
+        samples=row["samples"],
+        sample_weight=row["sample_mean_sum"],
+        sample_weight_square=row["sample_mean_square_sum"],
+        sample_ratio_square=row["sample_ratio_square_sum"],
+        decile_tokens=row["tokens"],
+        decile_weight=row["weight_sum"],
+        decile_weight_square=row["weight_square_sum"],
+        decile_target=row["target_logprob_sum"],
+        decile_behavior=row["behavior_logprob_sum"],
+        decile_ratio_square=row["log_ratio_square_sum"],
+        decile_ratio_low=row["clipped_low"],
+        decile_ratio_high=row["clipped_high"],
+        decile_weight_low=row["saturated_low"],
+        decile_weight_high=row["saturated_high"],
     )
-
-
-def _add(totals: Totals, tokens: _Tokens, settings: WeightSettings) -> None:
-    weight = tokens.weights.astype(np.float64)
-    log_ratio = log_ratios(tokens.target, tokens.behavior, tokens.spans)
-    starts = np.cumsum(tokens.lengths) - tokens.lengths
-    sample_weight = np.add.reduceat(weight, starts) / tokens.lengths
-    bounded = np.clip(log_ratio, -EXP_BOUND, EXP_BOUND)
-    sample_ratio = np.clip(np.add.reduceat(log_ratio, starts), -EXP_BOUND, EXP_BOUND)
-    (ratio_low, ratio_high), (weight_low, weight_high) = settings.clip_log_ratio, bound_weights(settings)
-    decile = (np.arange(len(weight)) - np.repeat(starts, tokens.lengths)) * DECILES
-    decile //= np.repeat(tokens.lengths, tokens.lengths)
-
-    totals.samples += len(tokens.lengths)
-    totals.tokens += len(weight)
-    totals.weight += float(weight.sum())
-    totals.weight_square += float((weight**2).sum())
-    totals.sample_weight += float(sample_weight.sum())
-    totals.sample_weight_square += float((sample_weight**2).sum())
-    totals.target_logprob += float(tokens.target.sum(dtype=np.float64))
-    totals.behavior_logprob += float(tokens.behavior.sum(dtype=np.float64))
-    totals.k3 += float((np.expm1(bounded) - bounded).sum())
-    totals.ratio_square += float(np.exp(2 * bounded).sum())
-    totals.sample_ratio_square += float(np.exp(2 * sample_ratio).sum())
-    totals.ratio_low += int((log_ratio < ratio_low).sum())
-    totals.ratio_high += int((log_ratio > ratio_high).sum())
-    totals.weight_low += int((tokens.weights <= weight_low).sum())
-    totals.weight_high += int((tokens.weights >= weight_high).sum())
-    totals.decile_weight += np.bincount(decile, weights=weight, minlength=DECILES)
-    totals.decile_tokens += np.bincount(decile, minlength=DECILES)
-    totals.weights.add(tokens.weights)
-    totals.log_ratios.add(log_ratio.astype(np.float32))
+    totals.weights.merge(row["weight_bins"], row["weight_counts"], row["weight_min"], row["weight_max"])
+    totals.log_ratios.merge(
+        row["log_ratio_bins"], row["log_ratio_counts"], row["log_ratio_min"], row["log_ratio_max"]
+    )
+    totals.sample_weights.merge(row["sample_weight_bins"], row["sample_weight_counts"])
+    return totals

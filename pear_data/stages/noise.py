@@ -21,8 +21,8 @@ class Audit(BaseModel):
 
     samples: int = Field(description="Samples scored again.")
     tokens: int = Field(description="Their scored tokens, which the numbers are over.")
-    median: float = Field(description="Median of |stored - reference|, within 0.2 % of its value.")
-    p99: float = Field(description="99 % of |stored - reference| are no larger, within 0.2 % of its value.")
+    median: float = Field(description="Median of |stored - reference|, within 0.4 % of its value.")
+    p99: float = Field(description="99 % of |stored - reference| are no larger, within 0.4 % of its value.")
     max: float = Field(description="Largest |stored - reference|.")
     mean: float = Field(description="Mean of |stored - reference|.")
     bias: float = Field(description="Mean of stored - reference: what does not average out in a sum.")

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from pear_data.config import WeightSettings
-from pear_data.stages.statistics import GroupStatistics, WeightingStatistics
+from pear_data.stages.statistics import DecileStatistics, GroupStatistics, WeightingStatistics
 from pear_data.stages.text import one_line
 
 ABSENT = "-"
@@ -49,7 +49,8 @@ ROWS: tuple[tuple[str, Show], ...] = (
     ("weight p5 / p50 / p95", lambda g: _several(g.weight_p5, g.weight_p50, g.weight_p95)),
     ("weight min / max", lambda g: _several(g.weight_min, g.weight_max)),
     ("weight in first / last tenth", _ends),
-    ("weight held by top 1 %", lambda g: _share(g.top_1pct_mass)),
+    ("weight held by top 1 % of tokens", lambda g: _share(g.top_1pct_mass)),
+    ("weight held by top 1 % of samples", lambda g: _share(g.top_1pct_samples_mass)),
     (
         "at log-weight clip low / high",
         lambda g: _several(g.log_weight_clipped_low, g.log_weight_clipped_high, show=_share),
@@ -78,19 +79,47 @@ SOURCE_COLUMNS: tuple[tuple[str, Show], ...] = (
 )
 
 
+# The same for tenths of samples.
+DECILE_COLUMNS: tuple[tuple[str, Callable[[DecileStatistics], str]], ...] = (
+    ("tokens", lambda d: _counted(d.tokens)),
+    ("ESS / tokens", lambda d: _share(d.ess_ratio)),
+    ("weight mean", lambda d: _number(d.weight_mean)),
+    ("log-ratio mean", lambda d: _number(d.log_ratio_mean)),
+    ("clipped low", lambda d: _share(d.log_ratio_clipped_low)),
+    ("clipped high", lambda d: _share(d.log_ratio_clipped_high)),
+    ("saturated", lambda d: _share(d.saturated)),
+    ("ppl_ratio", lambda d: _number(d.ppl_ratio)),
+)
+
+
 def described(settings: WeightSettings) -> str:
     """How weights were made, in a line."""
-    level = {
-        "token": "token level",
-        "block": f"blocks of {settings.block_size}",
-        "sequence": "sequence level",
-    }
-    parts = [f"{settings.target} against {settings.behavior}", level[settings.level]]
+    if settings.level == "uniform":
+        return "uniform, as in plain SFT"
+    if settings.level == "dft":
+        return f"dft, each token's probability under {settings.target}"
+    parts = [f"{settings.target} against {settings.behavior}", _level(settings)]
     if settings.level != "sequence":
         parts.append(f"gamma {settings.gamma:g}")
+    if settings.center != "none":
+        parts.append(f"log-ratios centered by {settings.center}")
     parts.append("log-ratios clipped to [{:g}, {:g}]".format(*settings.clip_log_ratio))
     parts.append("log-weights to [{:g}, {:g}]".format(*settings.clip_log_weight))
+    if settings.normalize != "none":
+        parts.append(f"mean 1 by {settings.normalize}")
+    if settings.per_source:
+        parts.append(f"{len(settings.per_source)} sources with settings of their own")
     return ", ".join(parts)
+
+
+def _level(settings: WeightSettings) -> str:
+    if settings.level != "block":
+        return f"{settings.level} level"
+    if settings.block_by == "tokens":
+        return f"blocks of {settings.block_size}"
+    if settings.block_by == "regex":
+        return f"blocks by {one_line(str(settings.block_regex))}"
+    return f"blocks by {settings.block_by}"
 
 
 def set_aside(group: GroupStatistics) -> str | None:
@@ -127,13 +156,29 @@ def source_table(one: WeightingStatistics) -> Table:
     return table
 
 
-def flat_rows(found: Iterable[WeightingStatistics], *, by_source: bool) -> list[dict[str, Any]]:
-    """One row per weighting, or per weighting and source; `weights` and `source` say which."""
-    return [
-        {"weights": one.weights, **group.model_dump()}
-        for one in found
-        for group in (one.sources if by_source else [one.corpus])
-    ]
+def decile_table(one: WeightingStatistics) -> Table:
+    """One weighting's numbers, a row for each tenth of the samples by position."""
+    table = Table(header_style="bold")
+    table.add_column(one_line(one.weights))
+    for heading, _ in DECILE_COLUMNS:
+        table.add_column(heading, justify="right")
+    for tenth, decile in enumerate(one.corpus.by_decile):
+        name = f"{10 * tenth} to {10 * tenth + 10} %"
+        table.add_row(name, *(show(decile) for _, show in DECILE_COLUMNS))
+    return table
+
+
+def flat_rows(found: Iterable[WeightingStatistics], by: str | None) -> list[dict[str, Any]]:
+    """One row per weighting; `by` "source" one for each source of it, "decile" for each tenth of its samples."""
+    return [row for one in found for row in _rows_of(one, by)]
+
+
+def _rows_of(one: WeightingStatistics, by: str | None) -> list[dict[str, Any]]:
+    named = {"weights": one.weights}
+    if by == "decile":
+        return [{**named, "decile": n, **tenth.model_dump()} for n, tenth in enumerate(one.corpus.by_decile)]
+    groups = one.sources if by == "source" else [one.corpus]
+    return [{**named, **group.model_dump()} for group in groups]
 
 
 def csv_cell(value: Any) -> Any:

@@ -1,0 +1,234 @@
+"""What to add to `pear-data weight` against a fault of a weighting, worked out from its own totals.
+
+The one that mends most is to balance: each token is held against its own sample's mean log-ratio, and the clips, of
+about 1 / sqrt(T) for samples of T tokens, are set so that the clipped log-ratios and the discount sum to 0 on average.
+A suffix sum is then a walk without drift that ends about 1 from where it began, whatever the length and however far
+apart the policies are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from pear_data.config import Bounds, WeightSettings
+from pear_data.stages.histogram import Histogram, top_share
+from pear_data.stages.measure import Totals
+
+# Widest clip worth proposing: the method's own lower one.
+WIDEST_CLIP = 0.08
+# What a sum of a sample's clipped log-ratios may come to: e times up or down.
+REACH = 1.0
+_BISECTIONS = 50
+
+
+class Remedy(BaseModel):
+    """One way to mend a fault. Of several, the first mends most."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    options: list[str] = Field(
+        description="What to add to the `pear-data weight` that made the weights; empty where no option helps."
+    )
+    text: str = Field(description="The same for people, and why.")
+    file: str | None = Field(None, description="What FILE holds where options name one (YAML).")
+
+
+NEARER = Remedy(options=[], text="a behavior policy nearer to the target")
+
+
+def changes(remedy: Remedy, settings: WeightSettings) -> bool:
+    """Whether a remedy is anything but what the weighting was made with already."""
+    if not remedy.options or remedy.file is not None:
+        return True
+    flags = [place for place, option in enumerate(remedy.options) if option.startswith("--")]
+    for start, end in zip(flags, [*flags[1:], len(remedy.options)], strict=True):
+        name, *values = remedy.options[start:end]
+        present = getattr(settings, name.removeprefix("--").replace("-", "_"))
+        if [_text(value) for value in (present if isinstance(present, tuple) else [present])] != values:
+            return True
+    return False
+
+
+def balance(totals: Totals, settings: WeightSettings) -> Remedy:
+    """Center samples, with clips under which nothing drifts."""
+    low, high = _shown(balanced_clips(totals, settings))
+    options = ["--clip-log-ratio", low, high]
+    if settings.center != "sample":
+        options = ["--center", "sample", *options]
+    return Remedy(
+        options=options,
+        text=f"{' '.join(options)} (each token against its sample's mean, with clips that balance)",
+    )
+
+
+def balance_sources(sources: Mapping[str, Totals], settings: WeightSettings) -> Remedy:
+    """Center samples, with clips of its own for every source."""
+    clips = {
+        name: {"clip_log_ratio": balanced_clips(totals, of_source(settings, name))}
+        for name, totals in sources.items()
+        if totals.tokens
+    }
+    options = ["--per-source", "FILE"]
+    if settings.center != "sample":
+        options = ["--center", "sample", *options]
+    return _per_source(
+        options, clips, settings, "each token against its sample's mean, with clips that balance each source"
+    )
+
+
+def damp_sources(sources: Mapping[str, Totals], settings: WeightSettings) -> Remedy:
+    """For these sources alone log-ratio clips so small that no sum goes far."""
+    clips = {name: {"clip_log_ratio": _damped_clips(totals)} for name, totals in sources.items()}
+    return _per_source(["--per-source", "FILE"], clips, settings, "there, smaller clips for smaller sums")
+
+
+def damp(totals: Totals, settings: WeightSettings) -> Remedy:
+    """Log-ratio clips so small that no sum goes far; the discount goes too where it would."""
+    options = ["--clip-log-ratio", *_shown(_damped_clips(totals))]
+    if settings.level != "sequence" and -math.log(settings.gamma) * length(totals) > REACH / 2:
+        options += ["--gamma", "1"]
+    return Remedy(options=options, text=f"{' '.join(options)} (smaller sums)")
+
+
+def bound_weights(weights: Histogram, settings: WeightSettings, least_ess: float) -> Remedy:
+    """The widest log-weight clip around 0 that leaves an effective sample size of `least_ess` of the tokens."""
+    for reach in (5.0, 4.0, 3.0, 2.0, 1.5, 1.0):
+        low, high = (min(max(bound, -reach), reach) for bound in settings.clip_log_weight)
+        clipped = np.clip(weights.means, math.exp(low), math.exp(high))
+        total = float(weights.counts @ clipped)
+        if total**2 >= least_ess * weights.total * float(weights.counts @ clipped**2):
+            break
+    at_bounds = weights.counts[(clipped == clipped.min()) | (clipped == clipped.max())].sum()
+    options = ["--clip-log-weight", *_shown((low, high))]
+    share = f"{100 * at_bounds / weights.total:.3g} %"
+    return Remedy(
+        options=options,
+        text=f"{' '.join(options)} (bounds the damage, with {share} of the weights at a bound)",
+    )
+
+
+def cap_weights(weights: Histogram, settings: WeightSettings, most_mass: float, share: float) -> Remedy:
+    """The highest upper log-weight clip that leaves `share` of the tokens no more than `most_mass` of all weight."""
+    options = ["--clip-log-weight", *_shown(_capped(weights, settings, most_mass, share))]
+    return Remedy(options=options, text=f"{' '.join(options)} (caps the largest)")
+
+
+def cap_sources(
+    sources: Mapping[str, Totals], settings: WeightSettings, most_mass: float, share: float
+) -> Remedy:
+    """The same for these sources alone."""
+    entries = {
+        name: {"clip_log_weight": _capped(totals.weights, settings, most_mass, share)}
+        for name, totals in sources.items()
+    }
+    return _per_source(["--per-source", "FILE"], entries, settings, "caps the largest there")
+
+
+def _capped(weights: Histogram, settings: WeightSettings, most_mass: float, share: float) -> Bounds:
+    for quantile in (0.99, 0.98, 0.95, 0.9, 0.75, 0.5):
+        cap = float(weights.quantiles([quantile])[0])
+        if top_share(np.minimum(weights.means, cap), weights.counts, share) <= most_mass:
+            break
+    return settings.clip_log_weight[0], math.log(cap)
+
+
+def widen(settings: WeightSettings, least: float) -> Remedy:
+    """Log-ratio clips at least this far from 0, a little more for the noise there may be."""
+    low, high = settings.clip_log_ratio
+    wide = math.ceil(110 * least) / 100
+    options = ["--clip-log-ratio", *_shown((min(low, -wide), max(high, wide)))]
+    return Remedy(options=options, text=f"{' '.join(options)} (wider clips, beside which the noise is small)")
+
+
+def one_weight_a_sample(settings: WeightSettings) -> Remedy:
+    """The sequence level, its weights brought to a mean of 1: sums over whole samples may be far from 0."""
+    options = ["--level", "sequence"]
+    if settings.normalize != "corpus":
+        options += ["--normalize", "corpus"]
+    if settings.block_by != "tokens":
+        options += ["--block-by", "tokens"]
+    return Remedy(options=options, text=f"{' '.join(options)} (one weight for all tokens of a sample)")
+
+
+def normalize(whose: str, why: str) -> Remedy:
+    """Weights with a mean of 1."""
+    return Remedy(options=["--normalize", whose], text=f"--normalize {whose} ({why})")
+
+
+def in_words(text: str) -> Remedy:
+    """A remedy that is no option of weight."""
+    return Remedy(options=[], text=text)
+
+
+def of_source(settings: WeightSettings, source: str) -> WeightSettings:
+    """The settings with what one source has of its own in their place."""
+    own = settings.per_source.get(source)
+    return settings.model_copy(update=own.model_dump(exclude_none=True)) if own else settings
+
+
+def length(totals: Totals) -> float:
+    """Mean scored tokens of a sample."""
+    return totals.tokens / totals.samples
+
+
+def mean_clipped(totals: Totals, clips: Bounds, center: float = 0.0) -> float:
+    """Mean of the log-ratios less `center`, clipped."""
+    histogram = totals.log_ratios
+    clipped = np.clip(histogram.means - center, *clips)
+    return float(histogram.counts @ clipped) / histogram.total
+
+
+def balanced_clips(totals: Totals, settings: WeightSettings) -> Bounds:
+    """Clips of centered log-ratios whose clipped mean makes up for the discount.
+
+    One of them is as far from 0 as sums over a sample may bear, the other as near to it as it takes.
+    """
+    drift = 0.0 if settings.level == "sequence" else math.log(settings.gamma)
+    center = float(totals.target_logprob - totals.behavior_logprob) / totals.tokens
+    widest = min(WIDEST_CLIP, REACH / math.sqrt(length(totals)))
+    grows = mean_clipped(totals, (-widest, widest), center) + drift > 0
+    nearest, farthest = 0.0, widest
+    for _ in range(_BISECTIONS):
+        middle = (nearest + farthest) / 2
+        clips = (-widest, middle) if grows else (-middle, widest)
+        # Whichever side is narrowed, the mean follows it: down with the upper clip, up with the lower.
+        too_wide = (mean_clipped(totals, clips, center) + drift > 0) == grows
+        nearest, farthest = (nearest, middle) if too_wide else (middle, farthest)
+    return (-widest, nearest) if grows else (-nearest, widest)
+
+
+def _damped_clips(totals: Totals) -> Bounds:
+    """Clips under which the log-ratios of a sample of mean length sum to no more than REACH."""
+    widest = min(WIDEST_CLIP, REACH / length(totals))
+    return -widest, widest
+
+
+def _per_source(
+    options: list[str], entries: Mapping[str, Mapping[str, Bounds]], settings: WeightSettings, why: str
+) -> Remedy:
+    """Entries of single sources, laid over those that the weighting has already."""
+    file = {name: entry.model_dump(exclude_none=True) for name, entry in settings.per_source.items()}
+    for name, entry in entries.items():
+        clips = {key: [float(bound) for bound in _shown(bounds)] for key, bounds in entry.items()}
+        file[name] = {**file.get(name, {}), **clips}
+    return Remedy(
+        options=options,
+        text=f"{' '.join(options)} ({why}; `pear-data stats --format json` has FILE)",
+        file=yaml.safe_dump(file, sort_keys=False, default_flow_style=None),
+    )
+
+
+def _shown(bounds: Bounds) -> tuple[str, str]:
+    """Bounds as an option takes them."""
+    low, high = map(_text, bounds)
+    return low, high
+
+
+def _text(value: float | str) -> str:
+    """A setting as an option takes it; adding 0 turns -0 into 0."""
+    return value if isinstance(value, str) else f"{value + 0.0:.3g}"
