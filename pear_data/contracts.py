@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 from pear_data import config, recipe
 from pear_data.resources import folder
 from pear_data.schema import ARTEFACTS, FORMAT_VERSION
+from pear_data.stages.compare import Comparison
 from pear_data.stages.export import ExportManifest
 from pear_data.stages.statistics import WeightingStatistics
 from pear_data.store.manifest import FileEntry, Manifest, Shard, Stage, TokenizerEntry
@@ -29,6 +30,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 MODELS: dict[str, tuple[Any, Mode]] = {
     "manifest": (Manifest, "serialization"),
     "statistics": (list[WeightingStatistics], "serialization"),
+    "comparison": (Comparison, "serialization"),
     "pear_export": (ExportManifest, "serialization"),
     "recipe": (recipe.Recipe, "validation"),
     "ingest_settings": (config.IngestSettings, "validation"),

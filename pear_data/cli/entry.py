@@ -23,6 +23,7 @@ COMMANDS = (
     "score",
     "weight",
     "stats",
+    "compare",
     "sql",
     "show",
     "report",
