@@ -1,4 +1,4 @@
-"""Every diagnostic against plain float64 numpy over all tokens at once."""
+"""Every diagnostic against plain float64 numpy over the arrays that the store was made from."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pear_data.binning import RELATIVE_ERROR
 from pear_data.cli.entry import run
 from pear_data.config import WeightSettings
 from pear_data.errors import MismatchError, UsageError
 from pear_data.progress import Silent
-from pear_data.stages.histogram import RELATIVE_ERROR, Histogram
 from pear_data.stages.statistics import QUANTILES, statistics
-from pear_data.stages.statistics_text import source_table
+from pear_data.stages.statistics_text import ROWS, decile_table, source_table, statistics_table
 from pear_data.stages.weight import weight
 from pear_data.store import open_store, writable_store
 
@@ -53,45 +53,80 @@ def reference(samples, weights, settings):
     """The definitions, one token after the other, in float64."""
     w = np.concatenate([weights[sample.sample_id] for sample in samples]).astype(np.float64)
     d = np.concatenate([sample.initial.astype(np.float64) - sample.behavior for sample in samples])
+    sums = np.array([np.sum(weights[sample.sample_id], dtype=np.float64) for sample in samples])
     means = np.array([np.mean(weights[sample.sample_id], dtype=np.float64) for sample in samples])
     ratio_sums = np.array([np.sum(sample.initial.astype(np.float64) - sample.behavior) for sample in samples])
     log_w = np.log(w)
     low, high = settings.clip_log_weight
     tenth = np.concatenate([np.arange(len(s.initial)) * 10 // len(s.initial) for s in samples])
-    return {
-        "samples": len(samples),
-        "scored_tokens": len(w),
-        "ess": w.sum() ** 2 / (w**2).sum(),
-        "ess_ratio": w.sum() ** 2 / (w**2).sum() / len(w),
-        "seq_ess": means.sum() ** 2 / (means**2).sum(),
-        "seq_ess_ratio": means.sum() ** 2 / (means**2).sum() / len(means),
-        "weight_mean": w.mean(),
-        "weight_std": w.std(),
-        "weight_min": w.min(),
-        "weight_max": w.max(),
-        "log_weight_clipped_low": np.mean(log_w <= low + 1e-6),
-        "log_weight_clipped_high": np.mean(log_w >= high - 1e-6),
-        "saturated": np.mean((log_w <= low + 1e-6) | (log_w >= high - 1e-6)),
-        "weight_by_decile": [w[tenth == part].mean() for part in range(10)],
-        "log_ratio_mean": d.mean(),
-        "log_ratio_clipped_low": np.mean(d < settings.clip_log_ratio[0]),
-        "log_ratio_clipped_high": np.mean(d > settings.clip_log_ratio[1]),
-        "kl": np.mean(-d),
-        "k3_kl": np.mean(np.exp(d) - 1 - d),
-        "chi2_token": np.mean(np.exp(2 * d)) - 1,
-        "chi2_seq": np.mean(np.exp(2 * ratio_sums)) - 1,
-        "ppl_target": np.exp(-np.mean(np.concatenate([s.initial for s in samples]), dtype=np.float64)),
-        "ppl_behavior": np.exp(-np.mean(np.concatenate([s.behavior for s in samples]), dtype=np.float64)),
-        "ppl_ratio": np.exp(np.mean(-d)),
-        "log_ppl_diff": np.mean(-d),
-    }, {
-        **{f"weight_{name}": np.quantile(w, q, method="inverted_cdf") for name, q in QUANTILES.items()},
-        **{f"log_ratio_{name}": np.quantile(d, q, method="inverted_cdf") for name, q in QUANTILES.items()},
-        "top_1pct_mass": _top_mass(w),
-        # Histograms hold float32.
-        "log_ratio_min": d.min(),
-        "log_ratio_max": d.max(),
-    }
+    return (
+        {
+            "samples": len(samples),
+            "scored_tokens": len(w),
+            "ess": w.sum() ** 2 / (w**2).sum(),
+            "ess_ratio": w.sum() ** 2 / (w**2).sum() / len(w),
+            "seq_ess": means.sum() ** 2 / (means**2).sum(),
+            "seq_ess_ratio": means.sum() ** 2 / (means**2).sum() / len(means),
+            "weight_mean": w.mean(),
+            "weight_std": w.std(),
+            "weight_min": w.min(),
+            "weight_max": w.max(),
+            "log_weight_clipped_low": np.mean(log_w <= low + 1e-6),
+            "log_weight_clipped_high": np.mean(log_w >= high - 1e-6),
+            "saturated": np.mean((log_w <= low + 1e-6) | (log_w >= high - 1e-6)),
+            "weight_by_decile": [w[tenth == part].mean() for part in range(10)],
+            "log_ratio_min": d.min(),
+            "log_ratio_max": d.max(),
+            "log_ratio_mean": d.mean(),
+            "log_ratio_clipped_low": np.mean(d < settings.clip_log_ratio[0]),
+            "log_ratio_clipped_high": np.mean(d > settings.clip_log_ratio[1]),
+            "kl": np.mean(-d),
+            "chi2_seq": np.mean(np.exp(2 * ratio_sums)) - 1,
+            "ppl_target": np.exp(-np.mean(np.concatenate([s.initial for s in samples]), dtype=np.float64)),
+            "ppl_behavior": np.exp(-np.mean(np.concatenate([s.behavior for s in samples]), dtype=np.float64)),
+            "ppl_ratio": np.exp(np.mean(-d)),
+            "log_ppl_diff": np.mean(-d),
+        },
+        {
+            **{f"weight_{name}": np.quantile(w, q, method="inverted_cdf") for name, q in QUANTILES.items()},
+            **{
+                f"log_ratio_{name}": np.quantile(d, q, method="inverted_cdf") for name, q in QUANTILES.items()
+            },
+        },
+        {
+            "top_1pct_mass": _top_mass(w),
+            "top_1pct_samples_mass": _top_mass(sums),
+            "k3_kl": np.mean(np.exp(d) - 1 - d),
+            "chi2_token": np.mean(np.exp(2 * d)) - 1,
+        },
+    )
+
+
+def reference_by_decile(samples, weights, settings):
+    """One tenth after the other, one sample after the other."""
+    low, high = settings.clip_log_weight
+    rows = []
+    for part in range(10):
+        w, d = [], []
+        for sample in samples:
+            mine = np.arange(len(sample.initial)) * 10 // len(sample.initial) == part
+            w.append(weights[sample.sample_id][mine])
+            d.append((sample.initial.astype(np.float64) - sample.behavior)[mine])
+        w, d = np.concatenate(w), np.concatenate(d)
+        at_bound = (np.log(w) <= low + 1e-6) | (np.log(w) >= high - 1e-6)
+        rows.append(
+            {
+                "tokens": len(w),
+                "ess_ratio": w.sum() ** 2 / (w**2).sum() / len(w),
+                "weight_mean": w.mean(),
+                "log_ratio_mean": d.mean(),
+                "log_ratio_clipped_low": np.mean(d < settings.clip_log_ratio[0]),
+                "log_ratio_clipped_high": np.mean(d > settings.clip_log_ratio[1]),
+                "saturated": np.mean(at_bound),
+                "ppl_ratio": np.exp(-d.mean()),
+            }
+        )
+    return rows
 
 
 def _top_mass(w):
@@ -117,14 +152,23 @@ def test_every_number_against_numpy(make_store, samples, level):
     assert set(groups) == {None, "even", "odd"}
     for source, group in groups.items():
         mine = [sample for sample in made if source in (None, sources[sample.sample_id])]
-        exact, near = reference(mine, weights_of(store, level), settings)
+        weights = weights_of(store, level)
+        exact, quantiles, estimated = reference(mine, weights, settings)
         values = group.model_dump()
         for name, value in exact.items():
             assert values[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
-        for name, value in near.items():
+        for name, value in quantiles.items():
             assert values[name] == pytest.approx(value, rel=RELATIVE_ERROR), name
+        for name, value in estimated.items():
+            assert values[name] == pytest.approx(value, rel=2 * RELATIVE_ERROR if "top" in name else 1e-3), (
+                name
+            )
+        by_decile = reference_by_decile(mine, weights, settings)
+        for tenth, expected in zip(values["by_decile"], by_decile, strict=True):
+            assert tenth == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert group.statuses == {"ok": len(mine)}
-        assert exact.keys() | near.keys() | {"source", "statuses", "negatives"} == values.keys()
+        others = {"source", "statuses", "negatives", "by_decile"}
+        assert exact.keys() | quantiles.keys() | estimated.keys() | others == values.keys()
 
 
 def test_only_weighted_positives_count_and_the_rest_is_told(make_store, samples):
@@ -140,7 +184,7 @@ def test_only_weighted_positives_count_and_the_rest_is_told(make_store, samples)
         settings = WeightSettings(negative_scale=scale)
         store = add_weights(folder, **settings.model_dump())
         group = statistics(store)[0].corpus
-        exact, _ = reference(kept, weights_of(store, "block"), settings)
+        exact, *_ = reference(kept, weights_of(store, "block"), settings)
         assert (group.statuses, group.negatives, group.samples) == (expected, 2, 27)
         assert group.ess == pytest.approx(exact["ess"], rel=1e-9)
         assert group.weight_min > 0
@@ -180,111 +224,29 @@ def test_missing_and_stale_weights_are_refused(make_store, samples):
         statistics(store)
 
 
-def codes(store, name):
-    return {finding.code: finding for finding in statistics(store, [name])[0].findings}
-
-
-def test_a_healthy_weighting_has_no_findings(make_store, samples):
-    assert codes(add_weights(make_store(many(samples, 60, shift=-0.01, spread=0.05))), "block") == {}
-
-
-def test_a_collapsed_weighting_is_found_and_each_remedy_helps(make_store, samples):
-    # A teacher that is much surer of nearly every token of long samples.
-    made = many(samples, 40, shift=-1.0, spread=0.3, length=600)
+@pytest.mark.parametrize("level", ["uniform", "dft"])
+def test_a_baseline_needs_no_behavior_policy(make_store, samples, level):
+    made = many(samples, 60)
     folder = make_store(made)
-    found = codes(add_weights(folder), "block")
-    assert found.keys() == {"low_ess", "clipped_low", "saturated", "decays_with_position"}
-    for code, finding in found.items():
-        assert f"{finding.value:.3g}"[:3] in finding.text or f"{100 * finding.value:.3g} %" in finding.text, (
-            code
-        )
-    options = {
-        "low_ess": {"clip_log_weight": (-2, 5)},
-        "saturated": {"clip_log_ratio": (-0.02, 0.3)},
-        "decays_with_position": {"level": "sequence"},
+    with writable_store(folder) as store:
+        del store.manifest.stages["scores/behavior"]
+        store.save()
+    (found,) = statistics(add_weights(folder, level=level))
+    target = np.concatenate([sample.initial for sample in made]).astype(np.float64)
+    w = np.exp(target) if level == "dft" else np.ones(len(target))
+    corpus = found.corpus
+    assert corpus.ess == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-6)
+    assert corpus.ppl_target == pytest.approx(np.exp(-target.mean()))
+    unknown = {name for name, value in corpus.model_dump().items() if value is None}
+    assert unknown == {
+        *(name for name in type(corpus).model_fields if name.startswith("log_ratio_")),
+        *("source", "kl", "k3_kl", "chi2_token", "chi2_seq", "ppl_behavior", "ppl_ratio", "log_ppl_diff"),
     }
-    for code, remedy in options.items():
-        (text,) = [finding.text for finding in found.values() if finding.code == code]
-        for option, value in remedy.items():
-            shown = value if isinstance(value, str) else " ".join(f"{bound:g}" for bound in value)
-            assert f"--{option.replace('_', '-')} {shown}" in text
-        again = codes(add_weights(folder, name="mended", **remedy), "mended")
-        better = again[code].value if code in again else None
-        assert better is None or (better < found[code].value) == (code == "saturated")
-
-
-def test_a_collapse_in_one_source_is_named(make_store, samples):
-    made = many(samples, 60, shift=-0.01, spread=0.05)
-    far = many(samples, 60, shift=-2.0, spread=0.1)
-    # Row groups of three: the middle row of each is "odd".
-    mixed = [far[i] if (i % 7 in (1, 4)) else made[i] for i in range(60)]
-    found = codes(add_weights(make_store(mixed)), "block")
-    assert found["clipped_low"].sources == ["odd"]
-    assert found["clipped_low"].text.startswith("In 1 of 2 sources (odd): 100 %")
-
-
-def test_half_precision_scores_are_told_of(make_store, samples):
-    store = add_weights(make_store(many(samples, 60, shift=-0.01, spread=0.05)))
-    store.manifest.stages["scores/initial"].settings["dtype"] = "bfloat16"
-    finding = codes(store, "block")["noise_floor"]
-    assert finding.text.startswith("Log-probs of initial were")
-    assert "--dtype float32" in finding.text
-
-
-def noise(p99):
-    sizes = {"median": p99 / 3, "p99": p99, "max": 3 * p99, "mean": p99 / 2, "bias": 0.0}
-    where = {"samples": 1, "tokens": 9, "max_sample_id": "s", "max_position": 1, "reference": "r"}
-    return {"audit": {**sizes, **where, "clip_log_ratio": [-0.08, 0.3]}}
-
-
-def test_measured_noise_takes_the_place_of_what_half_precision_is_assumed_to_make(make_store, samples):
-    store = add_weights(make_store(many(samples, 60, shift=-0.01, spread=0.05)))
-    initial, behavior = (store.manifest.stages[f"scores/{name}"] for name in ("initial", "behavior"))
-    initial.settings["dtype"] = behavior.settings["dtype"] = "bfloat16"
-    assert "initial and behavior were computed in half precision" in codes(store, "block")["noise_floor"].text
-
-    initial.decisions = noise(0.003)
-    text = codes(store, "block")["noise_floor"].text
-    assert text.startswith("Log-probs of behavior were computed in half precision")
-    assert "(measured, p99: initial 0.003, behavior not audited)" in text
-
-    behavior.decisions = noise(0.004)  # sqrt(3^2 + 4^2) = 5 thousandths, a quarter of the limit
-    assert codes(store, "block") == {}
-    (found,) = statistics(store)
-    assert found.audits["behavior"].p99 == 0.004
-
-    initial.decisions = noise(0.03)
-    finding = codes(store, "block")["noise_floor"]
-    assert finding.value == pytest.approx(np.hypot(0.03, 0.004))
-    assert finding.threshold == pytest.approx(0.02)
-    assert "is 0.03 (p99: initial 0.03, behavior 0.004), 37.8 % of the smaller log-ratio clip" in finding.text
-
-    behavior.decisions, behavior.settings["dtype"] = {}, "float32"
-    finding = codes(store, "block")["noise_floor"]
-    assert finding.value == 0.03
-    assert "behavior not audited" in finding.text
-    wide = add_weights(store.path, name="wide", clip_log_ratio=(-0.5, 0.5))
-    wide.manifest.stages["scores/initial"].decisions = noise(0.03)
-    assert codes(wide, "wide") == {}
-
-
-def test_histogram_in_parts_is_the_histogram_of_all():
-    random = np.random.default_rng(0)
-    values = np.concatenate([-random.exponential(2, 5000), [0.0, -0.0, 1e-30, 3e38], np.full(100, 0.25)])
-    values = values.astype(np.float32)
-    whole, parts, other = Histogram(), Histogram(), Histogram()
-    whole.add(values)
-    for part in np.array_split(values[:3000], 7):
-        parts.add(part)
-    other.add(values[3000:])
-    parts.update(other)
-    parts.add(values[:0])
-    assert parts.total == whole.total == len(values)
-    np.testing.assert_array_equal(parts.counts, whole.counts)
-    shares = [0, 0.001, 0.3, 0.5, 0.97, 0.985, 0.9999, 1]
-    expected = np.quantile(values, shares, method="inverted_cdf")
-    np.testing.assert_allclose(whole.quantiles(shares), expected, rtol=RELATIVE_ERROR)
-    assert whole.quantiles([0.985])[0] == 0.25
+    assert all(tenth.ppl_ratio is None and tenth.weight_mean is not None for tenth in corpus.by_decile)
+    assert (found.findings, list(found.audits)) == ([], ["initial"])
+    assert "NaN" not in found.model_dump_json()
+    assert statistics_table([found]).row_count == len(ROWS)
+    assert decile_table(found).row_count == 10
 
 
 def test_command_line(make_store, samples, capsys):
@@ -309,6 +271,14 @@ def test_command_line(make_store, samples, capsys):
     assert "token: initial against behavior, token level, gamma 0.999" in shown
     assert run(["stats", "--by", "source", *where]) == 0
     assert "│ even" in capsys.readouterr().out
+    assert run(["stats", "--by", "decile", *where]) == 0
+    assert "│ 90 to 100 %" in capsys.readouterr().out
+    assert run(["stats", "--by", "decile", "--format", "jsonl", "--weights", "token", *where]) == 0
+    tenths = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert tenths == [
+        {"weights": "token", "decile": place, **tenth}
+        for place, tenth in enumerate(nested[0]["corpus"]["by_decile"])
+    ]
 
 
 def test_a_source_cannot_steer_the_terminal(make_store, samples):
