@@ -5,10 +5,12 @@ The text of a turn is that of its scored tokens. A block ends with the token in 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -42,29 +44,37 @@ def open_block_cutter(store: Store, settings: WeightSettings) -> BlockCutter:
         UsageError: the store has no tokenizer, or one whose tokens do not say which text they are.
         MismatchError: the store's tokenizer is damaged.
     """
-    # They import torch; weighting by tokens does without.
-    from pear_data.chat.token_bytes import TokenBytes
-    from pear_data.chat.tokenizers import load_tokenizer
-    from pear_data.corpus.stored_tokenizer import FOLDER
-
     known = store.manifest.tokenizer
     if known is None or not known.files:
         raise UsageError(
             f"{store.path} has no tokenizer, so the text of its tokens is not known: use --block-by tokens"
         )
-    for file in known.files:
-        store.file(file)
-    tokenizer = load_tokenizer(str(store.path / FOLDER))
+    paths = [store.file(file) for file in known.files]
+    text, lengths = _bytes_of_ids(paths[0].parent, known.name, tuple(file.sha256 for file in known.files))
+    return BlockCutter.of(settings, text, lengths)
+
+
+@functools.lru_cache(maxsize=1)
+def _bytes_of_ids(folder: Path, name: str, checksums: tuple[str, ...]) -> tuple[Bytes, Counts]:
+    """The bytes of every token id of a tokenizer, back to back, and how many each has [V].
+
+    A process asks for each of its shards, and reading a large vocabulary takes longer than weighting one.
+    """
+    # They import torch; weighting by tokens does without.
+    from pear_data.chat.token_bytes import TokenBytes
+    from pear_data.chat.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder))
     try:
         tokens = TokenBytes(tokenizer)
     except UsageError as error:
         raise UsageError(
-            f"the tokens of {known.name} are neither byte-level BPE's nor SentencePiece's, so their text is not known: "
+            f"the tokens of {name} are neither byte-level BPE's nor SentencePiece's, so their text is not known: "
             "use --block-by tokens"
         ) from error
     ids = np.arange(max(tokenizer.get_vocab().values()) + 1)
     lengths = tokens.lengths(ids)
-    return BlockCutter.of(settings, tokens.joined(ids, lengths), lengths)
+    return tokens.joined(ids, lengths), lengths
 
 
 @dataclass(frozen=True, slots=True)

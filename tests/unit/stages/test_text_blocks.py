@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pear_data import open_store
 from pear_data.config import IngestSettings, WeightSettings
 from pear_data.demo import asset
-from pear_data.errors import UsageError
+from pear_data.errors import MismatchError, UsageError
 from pear_data.progress import Silent
 from pear_data.stages.ingest import ingest
 from pear_data.stages.text_blocks import BlockCutter, open_block_cutter
@@ -287,6 +288,26 @@ def test_a_store_without_a_tokenizer_is_told_what_to_do(corpus, tmp_path):
     store.manifest.tokenizer = None
     with pytest.raises(UsageError, match="no tokenizer.*use --block-by tokens"):
         open_block_cutter(store, by("lines"))
+
+
+def test_a_tokenizer_whose_tokens_do_not_say_their_text_is_refused(tmp_path):
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="a").save_pretrained(tmp_path / "words")
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"input_ids": [0, 1], "loss_mask": [False, True]}))
+    given = IngestSettings(corpus=[str(tmp_path / "corpus.jsonl")], tokenizer=str(tmp_path / "words"))
+    with writable_store(tmp_path / "store", create=True) as store:
+        ingest(store, given, Silent())
+        with pytest.raises(UsageError, match="words are neither.*use --block-by tokens"):
+            open_block_cutter(store, by("lines"))
+
+
+def test_a_damaged_tokenizer_is_refused(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "store")
+    with (tmp_path / "store" / "tokenizer" / "tokenizer.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(MismatchError, match="run `pear-data verify`"):
+        open_block_cutter(open_store(tmp_path / "store"), by("lines"))
 
 
 def test_a_cutter_is_plain_arrays(corpus):
