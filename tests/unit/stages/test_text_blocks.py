@@ -16,12 +16,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pear_data import open_store
-from pear_data.config import IngestSettings, WeightSettings
+from pear_data.config import IngestSettings, ScoreSettings, WeightSettings
 from pear_data.demo import asset
 from pear_data.errors import MismatchError, UsageError
 from pear_data.progress import Silent
 from pear_data.stages.ingest import ingest
+from pear_data.stages.score import score_policy
 from pear_data.stages.text_blocks import BlockCutter, open_block_cutter
+from pear_data.stages.weight import weight
 from pear_data.store import writable_store
 
 STOPS, CJK_STOPS = ".!?…؟\u06d4।", "。\uff01\uff1f\uff0e｡"
@@ -217,10 +219,18 @@ def test_no_text_is_slow(text):
 # -- with a store's tokenizer ----------------------------------------------------------------------------
 
 
+def ingested(folder, rows):
+    """A store of `rows` at `folder`, read with the bundled tokenizer."""
+    path = folder.with_suffix(".jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with writable_store(folder, create=True) as store:
+        ingest(store, IngestSettings(corpus=[str(path)], tokenizer=str(asset("initial"))), Silent())
+    return open_store(folder)
+
+
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blocks")
-    rows = [
+def rows():
+    turns = [
         [
             ("user", "q"),
             ("assistant", "Step 1: ünï.\nStep 2: 漢字。🙂🏽!\n\nDone"),
@@ -229,12 +239,12 @@ def corpus(tmp_path_factory):
         ],
         [("user", "q"), ("assistant", "one line")],
     ]
-    path = folder / "corpus.jsonl"
-    messages = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
-    path.write_text("".join(json.dumps(row) + "\n" for row in messages))
-    with writable_store(folder / "store", create=True) as store:
-        ingest(store, IngestSettings(corpus=[str(path)], tokenizer=str(asset("initial"))), Silent())
-    return folder / "store"
+    return [{"messages": [{"role": role, "content": text} for role, text in row]} for row in turns]
+
+
+@pytest.fixture(scope="module")
+def corpus(rows, tmp_path_factory):
+    return ingested(tmp_path_factory.mktemp("blocks") / "store", rows).path
 
 
 @pytest.mark.parametrize(
@@ -280,6 +290,41 @@ def test_a_corpus_is_cut_by_the_text_of_its_own_tokenizer(corpus, block_by, rege
     ends = np.cumsum(found).tolist()
     texts = [tokenizer.decode(scored[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     assert texts == blocks
+
+
+@pytest.mark.parametrize(
+    ("block_by", "regex"), [("lines", None), ("sentences", None), ("regex", r"Step \d:")]
+)
+def test_weights_are_those_of_the_texts_blocks(corpus, rows, tmp_path, block_by, regex):
+    """log G_t = (T - e) log gamma + the sum of the clipped log-ratios behind e, the end of the block t is in."""
+    random = np.random.default_rng(0)
+    counts = open_store(corpus).corpus.to_table()["num_scored"].to_pylist()
+    recorded = [
+        {policy: (-random.exponential(0.3, count)).tolist() for policy in ("initial", "behavior")}
+        for count in counts
+    ]
+    store = ingested(
+        tmp_path / "store", [{**row, **logprobs} for row, logprobs in zip(rows, recorded, strict=True)]
+    )
+    given = by(block_by, regex).model_copy(update={"name": "text", "gamma": 0.9, "workers": 1})
+    with writable_store(store.path) as writable:
+        for policy in ("initial", "behavior"):
+            score_policy(writable, ScoreSettings(policy=policy, from_field=policy), Silent())
+        weight(writable, given, Silent())
+    store = open_store(store.path)
+    table = store.corpus.to_table()
+    found = store.weights["text"].to_table()["weights"].to_pylist()
+    cutter = open_block_cutter(store, given)
+    for ids, mask, logprobs, got in zip(
+        table["input_ids"].to_pylist(), table["loss_mask"].to_pylist(), recorded, found, strict=True
+    ):
+        blocks = cutter.block_lengths(np.int32(ids), np.array(mask), np.array([len(ids)]))
+        ratios = np.float32(logprobs["initial"]).astype(np.float64) - np.float32(logprobs["behavior"])
+        clipped = np.clip(ratios, *given.clip_log_ratio)
+        want = []
+        for length, end in zip(blocks, np.cumsum(blocks), strict=True):
+            want += [(len(clipped) - end) * np.log(0.9) + clipped[end:].sum()] * int(length)
+        assert got == pytest.approx(np.exp(want), rel=1e-6)
 
 
 def test_a_store_without_a_tokenizer_is_told_what_to_do(corpus, tmp_path):
