@@ -1,4 +1,4 @@
-"""What `sql` lets through: one statement that reads.
+"""What `sql` lets through: one statement that reads; and which columns it can see.
 
 DuckDB's configuration alone is not enough: a path that may be read may also be written, and a SELECT can hold a
 COPY in its WITH clause or run a string through a table function. So the parsed statement is walked, and holds only
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import duckdb
@@ -20,8 +21,21 @@ _TABLE_FUNCTIONS = {"range", "generate_series", "unnest", "repeat", "summary", "
 _ALLOWED = "one SELECT, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN of one"
 
 
-def check(query: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query that only reads. `columns` are the words that can name a column, in lower case; None where it may take
+    columns that it does not name (`*`, say)."""
+
+    text: str
+    columns: frozenset[str] | None
+
+
+def check(query: str, parser: duckdb.DuckDBPyConnection) -> Query:
     """The query, if it is one statement that only reads.
+
+    Args:
+        query: what somebody wrote.
+        parser: any connection without an open result.
 
     Raises:
         UsageError: it is not, or does not parse; says what was refused.
@@ -36,8 +50,9 @@ def check(query: str) -> str:
     if kinds != ["SELECT"]:
         hint = "; a PIVOT must list its values with IN" if kinds == ["MULTI"] else ""
         raise UsageError(f"{kinds[0] if kinds else 'nothing'} is refused: give {_ALLOWED}{hint}")
-    _check_tree(read)
-    return query
+    nodes = list(_nodes(_parsed(read, parser)))
+    _check_nodes(nodes)
+    return Query(query, _columns(nodes))
 
 
 def first_line(error: Exception) -> str:
@@ -69,13 +84,16 @@ def _explained(query: str) -> str:
     return encoded[starts[first] :].decode()
 
 
-def _check_tree(query: str) -> None:
-    with duckdb.connect() as parser:
-        (text,) = parser.execute("SELECT json_serialize_sql($1::VARCHAR)", [query]).fetchall()[0]
+def _parsed(query: str, parser: duckdb.DuckDBPyConnection) -> Any:
+    (text,) = parser.execute("SELECT json_serialize_sql($1::VARCHAR)", [query]).fetchall()[0]
     tree = json.loads(text)
     if tree["error"]:
         raise UsageError(f"the query is refused ({tree['error_message']}): give {_ALLOWED}")
-    for node in _nodes(tree):
+    return tree
+
+
+def _check_nodes(nodes: list[dict[str, Any]]) -> None:
+    for node in nodes:
         kind = node.get("type")
         if isinstance(kind, str) and kind.endswith("_NODE") and kind not in _QUERY_NODES:
             raise UsageError(f"{kind.removesuffix('_QUERY_NODE')} is refused: give {_ALLOWED}")
@@ -83,8 +101,34 @@ def _check_tree(query: str) -> None:
             name = node["function"].get("function_name", "")
             if name.lower() not in _TABLE_FUNCTIONS:
                 raise UsageError(
-                    f"{name}() is refused: query the views corpus, scores, weights, samples and tokens"
+                    f"{name}() is refused: query the views corpus, scores, weights, samples, tokens, histograms and "
+                    "deciles"
                 )
+
+
+def _columns(nodes: list[dict[str, Any]]) -> frozenset[str] | None:
+    """Every word of the query that can name a column, or None where it can also take one without its name."""
+    words: set[str] = set()
+    tables: set[str] = set()
+    last: set[str] = set()
+    for node in nodes:
+        kind = node.get("type")
+        # `*`, COLUMNS(...), DESCRIBE, PIVOT and `FROM view` are all stars to the parser; `#1` counts columns.
+        if kind in ("STAR", "POSITIONAL_REFERENCE") or node.get("column_name_alias"):
+            return None
+        if node.get("ref_type") == "NATURAL":
+            return None
+        if kind == "COLUMN_REF":
+            names = [name.lower() for name in node["column_names"]]
+            words.update(names)
+            last.add(names[-1])
+        elif kind == "BASE_TABLE":
+            tables.update((node["table_name"].lower(), node["alias"].lower()))
+            if len(node["qualified_name"]["path"]) > 1:
+                return None  # information_schema.columns, say
+        words.update(name.lower() for name in node.get("using_columns") or ())
+    # A table's name in a column's place is a whole row.
+    return None if tables & last else frozenset(words)
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

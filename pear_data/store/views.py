@@ -18,11 +18,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import duckdb
 import pyarrow as pa
+from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from pear_data.errors import MismatchError, PearError
-from pear_data.store.manifest import FileEntry
-from pear_data.store.query_guard import check, first_line
-from pear_data.store.view_sql import literal, view_statements
+from pear_data.store.joined_views import SPAN_LOG_RATIOS
+from pear_data.store.manifest import FileEntry, Manifest
+from pear_data.store.query_guard import Query, check, first_line
+from pear_data.store.span_ratios import span_log_ratios
+from pear_data.store.sql_text import literal
+from pear_data.store.view_sql import joined_views, view_statements, viewed_files
 
 if TYPE_CHECKING:
     from pear_data.store.store import Store
@@ -39,8 +43,12 @@ class Views:
     DuckDB runs on a thread of its own: a thread inside it hears neither Ctrl-C nor a clock.
     """
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection, timeout: float | None) -> None:
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, manifest: Manifest, timeout: float | None
+    ) -> None:
         self._connection = connection
+        self._manifest = manifest
+        self._bodies = joined_views(manifest)
         self._timeout = timeout
         self._start = time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duckdb")
@@ -52,23 +60,45 @@ class Views:
             UsageError: the query is not a single reading statement.
             PearError: DuckDB refuses it (an unknown column, say), in its message's first line, or it took too long.
         """
-        checked = check(query)
-        return self._run(lambda: self._connection.sql(checked).to_arrow_table())
+        checked = self._checked(query)
+        return self._run(lambda: self._bound(checked).to_arrow_table())
 
     def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of a small result; `parameters` fill the `?` of the query. Raises as `table` does."""
-        checked = check(query)
-        return self._run(lambda: self._connection.sql(checked, params=list(parameters) or None).fetchall())
+        checked = self._checked(query)
+        return self._run(lambda: self._bound(checked, list(parameters) or None).fetchall())
 
     def batches(self, query: str, rows: int) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         """Schema and batches of at most `rows` rows, computed as they are taken. Raises as `table` does."""
-        checked = check(query)
-        reader = self._run(lambda: self._connection.sql(checked).to_arrow_reader(rows))
+        checked = self._checked(query)
+        reader = self._run(lambda: self._bound(checked).to_arrow_reader(rows))
         return reader.schema, iter(lambda: self._run(lambda: next(reader, None)), None)
 
     def close(self) -> None:
         """Let go of the thread."""
         self._thread.shutdown()
+
+    def _checked(self, query: str) -> Query:
+        with self._connection.cursor() as parser:
+            return check(query, parser)
+
+    def _bound(self, query: Query, parameters: list[Any] | None = None) -> duckdb.DuckDBPyRelation:
+        """The query over views with only the columns it can see, or over whole ones where these do not do."""
+        if query.columns is not None:
+            self._narrow(query.columns)
+            try:
+                return self._connection.sql(query.text, params=parameters)
+            except (duckdb.BinderException, duckdb.CatalogException):
+                # An unknown column: the message is to name the columns there are.
+                pass
+        self._narrow(None)
+        return self._connection.sql(query.text, params=parameters)
+
+    def _narrow(self, seen: frozenset[str] | None) -> None:
+        for name, body in joined_views(self._manifest, seen).items():
+            if self._bodies.get(name) != body:
+                self._connection.execute(f"CREATE OR REPLACE VIEW {name} AS\n{body}")
+                self._bodies[name] = body
 
     def _run(self, call: Callable[[], Result]) -> Result:
         future = self._thread.submit(call)
@@ -96,7 +126,7 @@ class Views:
 
 @contextlib.contextmanager
 def connect(store: Store, *, timeout: float | None = None) -> Iterator[Views]:
-    """The views `corpus`, `scores`, `weights`, `samples` and `tokens` of a store; see `view_sql` for their columns.
+    """The views of a store: `corpus`, `scores`, `weights`, `samples`, `tokens`, `histograms` and `deciles`.
 
     Args:
         store: an open store. What other processes commit later is not seen.
@@ -107,25 +137,18 @@ def connect(store: Store, *, timeout: float | None = None) -> Iterator[Views]:
             be read. Checksums are not computed here: that would read the whole store for every query;
             `pear-data verify` does.
     """
-    paths = [_present(store, entry) for entry in committed_files(store)]
+    paths = [_present(store, entry) for entry in viewed_files(store.manifest)]
     with tempfile.TemporaryDirectory(prefix="pear-data-sql-") as scratch:
         connection = duckdb.connect(":memory:", config=_configuration(scratch))
         try:
             _make_views(connection, store, paths)
-            views = Views(connection, timeout)
+            views = Views(connection, store.manifest, timeout)
             try:
                 yield views
             finally:
                 views.close()
         finally:
             connection.close()
-
-
-def committed_files(store: Store) -> list[FileEntry]:
-    """Every file the views read."""
-    manifest = store.manifest
-    files = [shard.file for stage in manifest.stages.values() for shard in stage.shards]
-    return files + ([manifest.tokenizer.vocabulary] if manifest.tokenizer else [])
 
 
 def _present(store: Store, entry: FileEntry) -> str:
@@ -152,6 +175,14 @@ def _configuration(scratch: str) -> dict[str, Any]:
 
 
 def _make_views(connection: duckdb.DuckDBPyConnection, store: Store, paths: list[str]) -> None:
+    connection.create_function(
+        SPAN_LOG_RATIOS,
+        span_log_ratios,
+        ["FLOAT[]", "FLOAT[]", "INTEGER[]", "INTEGER[]"],
+        "DOUBLE[]",
+        type=PythonUDFType.ARROW,
+        null_handling=FunctionNullHandling.SPECIAL,
+    )
     _lock_down(connection, paths)
     try:
         for statement in view_statements(store.manifest, os.path.abspath(store.path)):
