@@ -174,7 +174,16 @@ def _canonical_manifest() -> Manifest:
 
     def stage(key: str) -> Stage:
         name = "part-00000"
-        shard = Shard(name=name, file=file(f"{key}/{name}.parquet"), rows=0, num_tokens=0, num_scored=0)
+        weights = key.startswith("weights/")
+        shard = Shard(
+            name=name,
+            file=file(f"{key}/{name}.parquet"),
+            summary=file(f"summary/{key}/{name}.parquet") if weights or key == "corpus" else None,
+            totals=file(f"summary/{key}/{name}.totals.parquet") if weights else None,
+            rows=0,
+            num_tokens=0,
+            num_scored=0,
+        )
         return Stage(settings={}, fingerprint="", complete=True, shards=[shard])
 
     keys = ("corpus", "scores/initial", "scores/behavior", "weights/block")

@@ -38,15 +38,19 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
     Views:
       corpus   sample_id, source, label, input_ids, loss_mask, num_tokens, num_scored, record
       scores   policy, sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
-      weights  name, sample_id, weights, num_scored, weight_mean, ess, clipped_low, ..., status
+      weights  name, sample_id, weights, num_scored, weight_mean, ess, clipped_low, saturated_low, ..., status
       samples  a row per sample: source, counts, perplexity_<policy>, weight_mean, ess, weight_mean_<name>, ...
       tokens   a row per scored token: position, t, token, logprob_<policy>, log_ratio, weight, weight_<name>, ...
+      histograms  name, source, quantity (log_ratio, weight or sample_weight), value, count: a row per bin
+      deciles  name, source, decile (1 to 10, of a sample's tokens), tokens, weight_sum, clipped_low, ...
     In samples and tokens, columns that name no weighting are those of "block" if there is one, else of the first.
+    samples, histograms and deciles read no token, and answer at once. Histograms and deciles count samples of label 1.
 
     \b
     Examples:
       pear-data sql "select source, avg(weight_mean), sum(num_scored) from samples group by source"
       pear-data sql "select token, avg(log_ratio) from tokens group by token order by 2 limit 20"
+      pear-data sql "select decile, sum(weight_sum) / sum(tokens) from deciles where name = 'block' group by 1 order by 1"
       pear-data sql "describe tokens"
       pear-data sql "from samples" -o samples.parquet
     """

@@ -19,6 +19,7 @@ from pear_data.errors import UsageError
 from pear_data.stages.alignment import outdated
 from pear_data.stages.text import one_line
 from pear_data.store import Store
+from pear_data.store.shown import left_out
 from pear_data.store.views import connect
 
 Format = Literal["table", "json", "jsonl", "csv", "parquet"]
@@ -43,8 +44,8 @@ def write_query(
     has no NaN or infinity: they become null. In CSV, lists and structs become JSON.
 
     Returns:
-        A note for people where not everything is shown (a table of more than TABLE_ROWS rows), or where a stage was
-        made from something else than the store holds now.
+        A note for people where not everything is shown (a table of more than TABLE_ROWS rows, a weighting without
+        summaries), or where a stage was made from something else than the store holds now.
 
     Raises:
         UsageError: the query does more than read, or its columns do not fit the format.
@@ -52,6 +53,11 @@ def write_query(
         PearError: DuckDB refuses the query, or it runs longer than `timeout` seconds.
     """
     notes = [fault for key in store.manifest.stages if (fault := outdated(store, key))]
+    notes += [
+        f"weights/{name} in {store.path} is left out, as an earlier version made it without summaries: "
+        "run the command that made it again, with --overwrite"
+        for name in left_out(store.manifest)
+    ]
     with connect(store, timeout=timeout) as views:
         schema, batches = views.batches(query, BATCH_ROWS)
         if form != "table":
