@@ -1,8 +1,6 @@
-"""The compiled passes behind every weight (numba): `scan` makes log-weights of log-probs, `tally` sums up weights.
+"""The compiled pass behind every weight (numba): from log-probs to weights, their sums and histograms in one go.
 
-Both take a chunk of n whole samples of N tokens, back to back: `ends` [n] are where they end. A sample's log-weights
-are those of its units: its tokens, its blocks or itself, as its level has it. Sums are float64. All is single-threaded
-and lets go of Python's lock, so that reading and writing go on beside it.
+Sums are float64. All is single-threaded and lets go of Python's lock, so that reading and writing go on beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ TOKEN, BLOCK, SEQUENCE, UNIFORM, DFT = range(5)
 # Counts and sums by tenth of a sample, and of a sample.
 TOKENS, CLIPPED_LOW, CLIPPED_HIGH, SATURATED_LOW, SATURATED_HIGH = range(5)
 WEIGHT, WEIGHT_SQUARE, TARGET, BEHAVIOR, LOG_RATIO_SQUARE = range(5)
-# Sums of a sample besides.
+# Sums and extremes of a sample besides.
 LOG_RATIO_SUM, LOG_RATIO_MIN, LOG_RATIO_MAX, WEIGHT_MIN, WEIGHT_MAX = range(5, 10)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -28,11 +26,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def _compiled(function: Function) -> Function:
     # Sums may be reassociated, which lets them run in vectors; NaN and infinity keep their meaning.
-    options: dict[str, Any] = {
-        "nogil": True,
-        "error_model": "numpy",
-        "fastmath": {"reassoc", "contract", "nsz"},
-    }
+    fastmath = {"reassoc", "contract", "nsz"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         return cast("Function", numba.njit(cache=True, **options)(function))
     except RuntimeError:  # nowhere to keep it: neither this folder nor the user's cache can be written
@@ -40,7 +35,7 @@ def _compiled(function: Function) -> Function:
 
 
 @_compiled
-def scan(
+def weigh_samples(
     target: Any,
     behavior: Any,
     ends: Any,
@@ -53,46 +48,52 @@ def scan(
     log_gamma: Any,
     ratio_bounds: Any,
     weight_bounds: Any,
-    log_ratio: Any,
-    log_weight: Any,
+    scale: Any,
+    scale_samples: bool,
+    weights: Any,
     counts: Any,
     sums: Any,
+    ratio_histogram: Any,
+    weight_histogram: Any,
     sample_counts: Any,
     sample_sums: Any,
-    histogram: Any,
-) -> int:
-    """Clipped log-weights of the units of a chunk; returns how many there are.
+    scratch: Any,
+    bins: Any,
+) -> None:
+    """Weights of n whole samples of N tokens, back to back, with their sums.
+
+    A sample is read once and stays in the cache until it is done. It has a log-weight per unit: per token, per block or
+    one, as its level has it.
 
     Args:
         target: log-probs [N]; so `behavior`.
-        ends: [n] int64.
-        groups: [n] row of `counts`, `sums` and `histogram` that a sample counts to; -1 for none.
+        ends: [n] int64, where samples end.
+        groups: [n] row of `counts`, `sums` and the histograms that a sample counts to; -1 for none.
         levels: [n] TOKEN, BLOCK, SEQUENCE, UNIFORM or DFT.
         block_size: tokens per block, unless `block_ends` [K] int64 are given.
         center: [n] float64 subtracted from log-ratios; with `center_samples` each sample's mean instead.
         log_gamma: [n] float64.
         ratio_bounds: [n, 2] float64 clips of a log-ratio.
         weight_bounds: [n, 2] float64 clips of a log-weight.
-        log_ratio: [N] float64, filled with the unclipped and uncentered log-ratios.
-        log_weight: [N] float64, its beginning filled with the result.
+        scale: [n] float64 factor of the weights; with `scale_samples` each sample's are first given a mean of 1.
+        weights: [N] float32, filled.
         counts, sums: [groups, 5, 10] int64 and float64, added to.
-        sample_counts, sample_sums: [n, 5] int64 and [n, 10] float64, filled but for what `tally` knows.
-        histogram: [groups, BINS] int32 of log-ratios, added to.
+        ratio_histogram, weight_histogram: [groups, BINS] int32, added to.
+        sample_counts, sample_sums: [n, 5] int64 and [n, 10] float64, filled.
+        scratch: [2, M] float64 for the longest sample's M tokens; so `bins` [M] uint16.
     """
-    unit = block = start = 0
+    log_ratio, log_weight = scratch[0], scratch[1]
+    block = start = 0
     for i in range(len(ends)):
         end = ends[i]
-        group = groups[i]
-        shift = center[i]
-        if center_samples:
-            shift = _mean_log_ratio(target, behavior, start, end)
-        low, high = ratio_bounds[i, 0], ratio_bounds[i, 1]
+        length = end - start
+        own_target, own_behavior, own_weights = target[start:end], behavior[start:end], weights[start:end]
+        level, group, bounds = levels[i], groups[i], weight_bounds[i]
+        shift = _mean_log_ratio(own_target, own_behavior) if center_samples else center[i]
+        low, high = ratio_bounds[i, 0] + shift, ratio_bounds[i, 1] + shift
         _log_ratios(
-            target,
-            behavior,
-            start,
-            end,
-            shift,
+            own_target,
+            own_behavior,
             low,
             high,
             log_ratio,
@@ -102,133 +103,68 @@ def scan(
             sample_counts[i],
             sample_sums[i],
         )
-        if group >= 0:
-            for t in range(start, end):
-                histogram[group, _bin(np.float32(log_ratio[t]))] += 1
+        least, greatest = _count(log_ratio[:length], bins, group, ratio_histogram)
+        sample_sums[i, LOG_RATIO_MIN], sample_sums[i, LOG_RATIO_MAX] = least, greatest
 
-        bounds = weight_bounds[i]
-        discount = log_gamma[i] - shift
         blocks = _blocks(block_ends, block, end)
-        if levels[i] == TOKEN:
-            _token_level(log_ratio, start, end, low + shift, high + shift, discount, bounds, log_weight, unit)
-            unit += end - start
-        elif levels[i] == BLOCK:
-            unit += _block_level(
+        own_ends = block_ends[block : block + blocks]
+        units = _units(level, length, block_size, blocks)
+        if level == TOKEN:
+            _token_level(log_ratio, length, low, high, log_gamma[i] - shift, bounds, log_weight)
+        elif level == BLOCK:
+            _block_level(
                 log_ratio,
                 start,
                 end,
-                low + shift,
-                high + shift,
-                discount,
+                low,
+                high,
+                log_gamma[i] - shift,
                 bounds,
                 log_weight,
-                unit,
+                units,
                 block_size,
-                block_ends[block : block + blocks],
+                own_ends,
             )
-        elif levels[i] == SEQUENCE:
-            total = _clipped_sum(log_ratio, start, end, low + shift, high + shift) - shift * (end - start)
-            log_weight[unit] = _clip(total, bounds[0], bounds[1])
-            unit += 1
-        elif levels[i] == DFT:
-            for t in range(start, end):
-                log_weight[unit + t - start] = target[t]
-            unit += end - start
+        elif level == SEQUENCE:
+            total = _clipped_sum(log_ratio, 0, length, low, high) - shift * length
+            log_weight[0] = _clip(total, bounds[0], bounds[1])
+        elif level == DFT:
+            for t in range(length):
+                log_weight[t] = own_target[t]
         else:
-            log_weight[unit] = 0.0
-            unit += 1
-        block += blocks
-        start = end
-    return unit
+            log_weight[0] = 0.0
 
-
-@_compiled
-def tally(
-    unit_weight: Any,
-    ends: Any,
-    groups: Any,
-    levels: Any,
-    block_size: int,
-    block_ends: Any,
-    bounds: Any,
-    scale: Any,
-    scale_samples: bool,
-    weights: Any,
-    counts: Any,
-    sums: Any,
-    sample_counts: Any,
-    sample_sums: Any,
-    histogram: Any,
-) -> None:
-    """Weights of a chunk's tokens from those of its units, and their sums.
-
-    Args:
-        unit_weight: exp of what `scan` filled, [units] float64.
-        bounds: [n, 2] float64 weights at the log-weight clips.
-        scale: [n] float64 factor of each sample's weights; with `scale_samples` each is first given a mean of 1.
-        weights: [N] float32, filled.
-        histogram: [groups, BINS] int32 of weights, added to.
-        ends, groups, levels, block_size, block_ends, counts, sums, sample_counts, sample_sums: as for `scan`.
-    """
-    unit = block = start = 0
-    for i in range(len(ends)):
-        end = ends[i]
-        blocks = _blocks(block_ends, block, end)
-        own_ends = block_ends[block : block + blocks]
-        units = _units(levels[i], end - start, block_size, blocks)
-        own = unit_weight[unit : unit + units]
+        for k in range(units):
+            log_weight[k] = _exp(log_weight[k])
         factor = scale[i]
         if scale_samples:
-            factor /= _mean_weight(own, start, end, levels[i], block_size, own_ends)
-        group = groups[i]
-        if units == end - start:
-            for t in range(units):
-                weights[start + t] = np.float32(own[t] * factor)
-            if group >= 0:
-                for t in range(start, end):
-                    histogram[group, _bin(weights[t])] += 1
+            factor /= _mean_weight(log_weight[:units], start, end, level, block_size, own_ends)
+        _expand(log_weight[:units], factor, start, end, level, block_size, own_ends, own_weights)
+        if units == length:
+            least, greatest = _count(own_weights, bins, group, weight_histogram)
         else:
-            first = start
-            for k in range(units):
-                last = _unit_end(k, start, end, levels[i], block_size, own_ends)
-                weight = np.float32(own[k] * factor)
-                for t in range(first, last):
-                    weights[t] = weight
-                if group >= 0:
-                    histogram[group, _bin(weight)] += last - first
-                first = last
-        _weight_sums(
-            weights,
-            start,
-            end,
-            bounds[i, 0] * factor,
-            bounds[i, 1] * factor,
-            group,
-            counts,
-            sums,
-            sample_counts[i],
-            sample_sums[i],
-        )
-        unit += units
+            least, greatest = _count_units(
+                log_weight[:units], factor, start, end, level, block_size, own_ends, group, weight_histogram
+            )
+        sample_sums[i, WEIGHT_MIN], sample_sums[i, WEIGHT_MAX] = least, greatest
+        at_low, at_high = _exp(bounds[0]) * factor, _exp(bounds[1]) * factor
+        _weight_sums(own_weights, at_low, at_high, group, counts, sums, sample_counts[i], sample_sums[i])
         block += blocks
         start = end
 
 
 @_compiled
-def _mean_log_ratio(target: Any, behavior: Any, start: int, end: int) -> float:
+def _mean_log_ratio(target: Any, behavior: Any) -> float:
     total = 0.0
-    for t in range(start, end):
+    for t in range(len(target)):
         total += np.float64(target[t]) - np.float64(behavior[t])
-    return total / (end - start)
+    return total / len(target)
 
 
 @_compiled
 def _log_ratios(
     target: Any,
     behavior: Any,
-    start: int,
-    end: int,
-    shift: float,
     low: float,
     high: float,
     log_ratio: Any,
@@ -241,10 +177,9 @@ def _log_ratios(
     """A sample's log-ratios with their counts and sums."""
     sample_counts[:] = 0
     sample_sums[:] = 0.0
-    least, greatest = np.inf, -np.inf
-    first = start
+    first = 0
     for tenth in range(10):
-        last = start + ((end - start) * (tenth + 1) + 9) // 10
+        last = (len(target) * (tenth + 1) + 9) // 10
         target_sum = behavior_sum = square = 0.0
         below = above = 0
         for t in range(first, last):
@@ -254,10 +189,8 @@ def _log_ratios(
             target_sum += x
             behavior_sum += y
             square += d * d
-            below += 1 if d - shift < low else 0
-            above += 1 if d - shift > high else 0
-            least = min(least, d)
-            greatest = max(greatest, d)
+            below += 1 if d < low else 0
+            above += 1 if d > high else 0
         sample_counts[TOKENS] += last - first
         sample_counts[CLIPPED_LOW] += below
         sample_counts[CLIPPED_HIGH] += above
@@ -273,41 +206,30 @@ def _log_ratios(
             sums[group, LOG_RATIO_SQUARE, tenth] += square
         first = last
     sample_sums[LOG_RATIO_SUM] = sample_sums[TARGET] - sample_sums[BEHAVIOR]
-    sample_sums[LOG_RATIO_MIN] = least
-    sample_sums[LOG_RATIO_MAX] = greatest
 
 
 @_compiled
 def _token_level(
-    log_ratio: Any,
-    start: int,
-    end: int,
-    low: float,
-    high: float,
-    discount: float,
-    bounds: Any,
-    log_weight: Any,
-    unit: int,
+    log_ratio: Any, length: int, low: float, high: float, discount: float, bounds: Any, log_weight: Any
 ) -> None:
     """log G_t = (T-t) log gamma + sum of d_j behind t (3.4), from a sample's end to its start."""
     bound_low, bound_high = bounds[0], bounds[1]
     suffix = 0.0
-    at = unit - start
-    t = end - 1
+    t = length - 1
     # Four at a time, so that only every fourth addition waits for the one before.
-    while t - 3 >= start:
+    while t >= 3:
         d3 = _clip(log_ratio[t], low, high) + discount
         d2 = _clip(log_ratio[t - 1], low, high) + discount
         d1 = _clip(log_ratio[t - 2], low, high) + discount
         d0 = _clip(log_ratio[t - 3], low, high) + discount
-        log_weight[at + t] = _clip(suffix, bound_low, bound_high)
-        log_weight[at + t - 1] = _clip(suffix + d3, bound_low, bound_high)
-        log_weight[at + t - 2] = _clip(suffix + (d3 + d2), bound_low, bound_high)
-        log_weight[at + t - 3] = _clip(suffix + (d3 + d2 + d1), bound_low, bound_high)
+        log_weight[t] = _clip(suffix, bound_low, bound_high)
+        log_weight[t - 1] = _clip(suffix + d3, bound_low, bound_high)
+        log_weight[t - 2] = _clip(suffix + (d3 + d2), bound_low, bound_high)
+        log_weight[t - 3] = _clip(suffix + (d3 + d2 + d1), bound_low, bound_high)
         suffix += (d3 + d2) + (d1 + d0)
         t -= 4
-    while t >= start:
-        log_weight[at + t] = _clip(suffix, bound_low, bound_high)
+    while t >= 0:
+        log_weight[t] = _clip(suffix, bound_low, bound_high)
         suffix += _clip(log_ratio[t], low, high) + discount
         t -= 1
 
@@ -322,27 +244,48 @@ def _block_level(
     discount: float,
     bounds: Any,
     log_weight: Any,
-    unit: int,
+    blocks: int,
     block_size: int,
     block_ends: Any,
-) -> int:
-    """The same from each block's end (3.5); returns the number of blocks."""
-    blocks = _units(BLOCK, end - start, block_size, len(block_ends))
+) -> None:
+    """The same from each block's end (3.5)."""
     suffix = 0.0
     last = end
     for k in range(blocks - 1, -1, -1):
-        log_weight[unit + k] = _clip(suffix, bounds[0], bounds[1])
+        log_weight[k] = _clip(suffix, bounds[0], bounds[1])
         first = _unit_end(k - 1, start, end, BLOCK, block_size, block_ends) if k else start
-        suffix += _clipped_sum(log_ratio, first, last, low, high) + discount * (last - first)
+        suffix += _clipped_sum(log_ratio, first - start, last - start, low, high) + discount * (last - first)
         last = first
-    return blocks
+
+
+@_compiled
+def _expand(
+    unit_weight: Any,
+    factor: float,
+    start: int,
+    end: int,
+    level: int,
+    block_size: int,
+    block_ends: Any,
+    weights: Any,
+) -> None:
+    """Weights of a sample's tokens from those of its units."""
+    if len(unit_weight) == len(weights):
+        for t in range(len(weights)):
+            weights[t] = np.float32(unit_weight[t] * factor)
+        return
+    first = start
+    for k in range(len(unit_weight)):
+        last = _unit_end(k, start, end, level, block_size, block_ends)
+        weight = np.float32(unit_weight[k] * factor)
+        for t in range(first - start, last - start):
+            weights[t] = weight
+        first = last
 
 
 @_compiled
 def _weight_sums(
     weights: Any,
-    start: int,
-    end: int,
     at_low: float,
     at_high: float,
     group: int,
@@ -355,10 +298,9 @@ def _weight_sums(
     low, high = np.float32(at_low), np.float32(at_high)
     if low > high:
         low, high = high, low
-    least, greatest = np.float32(np.inf), np.float32(-np.inf)
-    first = start
+    first = 0
     for tenth in range(10):
-        last = start + ((end - start) * (tenth + 1) + 9) // 10
+        last = (len(weights) * (tenth + 1) + 9) // 10
         total = square = 0.0
         at_least = at_greatest = 0
         for t in range(first, last):
@@ -367,8 +309,6 @@ def _weight_sums(
             square += np.float64(weight) * np.float64(weight)
             at_least += 1 if weight <= low else 0
             at_greatest += 1 if weight >= high else 0
-            least = min(least, weight)
-            greatest = max(greatest, weight)
         sample_counts[SATURATED_LOW] += at_least
         sample_counts[SATURATED_HIGH] += at_greatest
         sample_sums[WEIGHT] += total
@@ -379,8 +319,48 @@ def _weight_sums(
             sums[group, WEIGHT, tenth] += total
             sums[group, WEIGHT_SQUARE, tenth] += square
         first = last
-    sample_sums[WEIGHT_MIN] = least
-    sample_sums[WEIGHT_MAX] = greatest
+
+
+@_compiled
+def _count(values: Any, bins: Any, group: int, histogram: Any) -> Any:
+    """Count values by bin; returns the least and the greatest, in float32."""
+    least, greatest = np.uint32(0xFFFFFFFF), np.uint32(0)
+    # Compared as integers, because comparisons of floats do not run in vectors.
+    for t in range(len(values)):
+        place = _sortable(values[t])
+        least = place if place < least else least
+        greatest = place if place > greatest else greatest
+        bins[t] = np.uint16((place + HALF) >> SHIFT)
+    if group >= 0:
+        for t in range(len(values)):
+            histogram[group, bins[t]] += 1
+    return _from_sortable(least), _from_sortable(greatest)
+
+
+@_compiled
+def _count_units(
+    unit_weight: Any,
+    factor: float,
+    start: int,
+    end: int,
+    level: int,
+    block_size: int,
+    block_ends: Any,
+    group: int,
+    histogram: Any,
+) -> Any:
+    """The same of weights that stand for several tokens each."""
+    least, greatest = np.uint32(0xFFFFFFFF), np.uint32(0)
+    first = start
+    for k in range(len(unit_weight)):
+        last = _unit_end(k, start, end, level, block_size, block_ends)
+        place = _sortable(unit_weight[k] * factor)
+        least = place if place < least else least
+        greatest = place if place > greatest else greatest
+        if group >= 0:
+            histogram[group, (place + HALF) >> SHIFT] += last - first
+        first = last
+    return _from_sortable(least), _from_sortable(greatest)
 
 
 @_compiled
@@ -436,8 +416,37 @@ def _unit_end(k: int, start: int, end: int, level: int, block_size: int, block_e
 
 
 @_compiled
-def _bin(value: Any) -> Any:
-    """Bin of a float32, as `pear_data.binning.bins_of` has it."""
+def _sortable(value: Any) -> Any:
+    """The bits of a float32, ascending with it, as `pear_data.binning.bins_of` has them."""
     bits = np.float32(value).view(np.uint32)
-    sortable = ~bits if bits & SIGN else bits | SIGN
-    return (sortable + HALF) >> SHIFT
+    return np.uint32(bits ^ (np.uint32(np.int32(bits) >> np.int32(31)) | SIGN))
+
+
+@_compiled
+def _from_sortable(place: Any) -> Any:
+    bits = place ^ SIGN if place & SIGN else ~place
+    return np.uint32(bits).view(np.float32)
+
+
+@_compiled
+def _exp(value: float) -> float:
+    """exp to 1e-9 relative, which runs in vectors; float32 keeps 6e-8 of it."""
+    value = _clip(value, -700.0, 700.0)
+    power: float = np.floor(value * 1.4426950408889634 + 0.5)
+    rest = (value - power * 0.693145751953125) - power * 1.42860682030941723212e-6
+    result = 1.0 + rest * (
+        1.0
+        + rest
+        * (
+            0.5
+            + rest
+            * (
+                1 / 6
+                + rest
+                * (1 / 24 + rest * (1 / 120 + rest * (1 / 720 + rest * (1 / 5040 + rest * (1 / 40320)))))
+            )
+        )
+    )
+    bits = np.int64((np.int64(np.int32(power)) + 1023) << 52)
+    scale: float = bits.view(np.float64)
+    return result * scale

@@ -1,13 +1,12 @@
 """PEAR's importance weights over flat log-probs (arXiv 2602.01058, sections 3.2 to 3.7).
 
-Samples stand back to back. Sums are float64 wherever they are cumulative and run over cache-sized chunks of whole
-samples; weights are stored in float32. The compiled loops are in `pear_data.kernels`.
+Samples stand back to back. Sums are float64 wherever they are cumulative; weights are stored in float32. The compiled
+loops are in `pear_data.kernels`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,7 +20,6 @@ IntArray = npt.NDArray[np.int64]
 
 CLIP_LOG_RATIO: Bounds = (-0.08, 0.3)
 CLIP_LOG_WEIGHT: Bounds = (-10.0, 5.0)
-CHUNK_TOKENS = 1 << 16
 
 # Levels of a sample, as the kernels number them.
 LEVELS = ("token", "block", "sequence", "uniform", "dft")
@@ -64,21 +62,6 @@ class SampleOptions:
             scale_samples=False,
         )
 
-    def between(self, first: int, last: int) -> SampleOptions:
-        """Those of the samples from `first` to `last`."""
-        rows = slice(first, last)
-        return SampleOptions(
-            self.levels[rows],
-            self.block_size,
-            self.log_gamma[rows],
-            self.clip_log_ratio[rows],
-            self.clip_log_weight[rows],
-            self.center[rows],
-            self.center_samples,
-            self.scale[rows],
-            self.scale_samples,
-        )
-
 
 @dataclass(slots=True)
 class GroupSums:
@@ -107,6 +90,15 @@ class SampleSums:
 
     counts: npt.NDArray[np.int64]  # [n, 5]
     sums: FloatArray  # [n, 10]
+
+    @classmethod
+    def empty(cls, n: int) -> SampleSums:
+        """Room for n samples."""
+        return cls(np.empty((n, 5), dtype=np.int64), np.empty((n, 10)))
+
+    def between(self, first: int, last: int) -> SampleSums:
+        """Those of the samples from `first` to `last`."""
+        return SampleSums(self.counts[first:last], self.sums[first:last])
 
 
 def importance_weights(
@@ -153,13 +145,16 @@ def importance_weights(
     spans = None if span_lengths is None else _checked_pieces("span_lengths", span_lengths, lengths_n)
     blocks = None if block_lengths is None else _checked_pieces("block_lengths", block_lengths, lengths_n)
     options = SampleOptions.alike(len(lengths_n), level, block_size, gamma, clip_log_ratio, clip_log_weight)
-    weights_N, _ = weigh(
+    weights_N = np.empty(len(target_N), dtype=np.float32)
+    weigh(
         target_N,
         behavior_N,
         lengths_n,
         options,
         np.full(len(lengths_n), -1),
         GroupSums.zeros(0),
+        weights_N,
+        SampleSums.empty(len(lengths_n)),
         span_lengths=spans,
         block_lengths=blocks if level == "block" else None,
     )
@@ -173,11 +168,13 @@ def weigh(
     options: SampleOptions,
     groups: npt.NDArray[np.integer],
     totals: GroupSums,
+    weights: npt.NDArray[np.float32],
+    found: SampleSums,
     *,
     span_lengths: IntArray | None = None,
     block_lengths: IntArray | None = None,
-) -> tuple[npt.NDArray[np.float32], SampleSums]:
-    """Weights of the tokens [N] of n samples and the sums of each; adds to `totals` as it goes.
+) -> None:
+    """Fill `weights` [N] of the tokens of n samples and what is `found` of each; add to `totals`.
 
     Args:
         target: log-probs [N], float32 or float64; so `behavior`. Where one is not finite, so are its sample's sums.
@@ -186,89 +183,38 @@ def weigh(
         span_lengths: as in `importance_weights`.
         block_lengths: tokens of each block, instead of `options.block_size`; summing to N.
     """
+    from pear_data import kernels
+
     spread = None
     if span_lengths is not None:
         spread = np.cumsum(span_lengths, dtype=np.int64)
         target, behavior = _spread(target, span_lengths), _spread(behavior, span_lengths)
     block_ends = _block_ends(lengths, options.block_size, block_lengths, spread)
-    weights = np.empty(len(target), dtype=np.float32)
-    found = SampleSums(np.empty((len(lengths), 5), dtype=np.int64), np.empty((len(lengths), 10)))
-    bounds = np.exp(options.clip_log_weight)
-    space: FloatArray = np.empty((2, 0))
-    first_block = 0
-    for start, end, first, last in _chunks_of_whole_samples(lengths):
-        if space.shape[1] < end - start:
-            space = np.empty((2, end - start))
-        ends = np.cumsum(lengths[first:last])
-        last_block = int(np.searchsorted(block_ends, end, side="right"))
-        chunk_blocks = block_ends[first_block:last_block] - start
-        first_block = last_block
-        _weigh_chunk(
-            target[start:end],
-            behavior[start:end],
-            ends,
-            groups[first:last].astype(np.int64, copy=False),
-            options.between(first, last),
-            chunk_blocks,
-            bounds[first:last],
-            space,
-            weights[start:end],
-            totals,
-            SampleSums(found.counts[first:last], found.sums[first:last]),
-        )
-    return weights, found
-
-
-def _weigh_chunk(
-    target: npt.NDArray[np.floating],
-    behavior: npt.NDArray[np.floating],
-    ends: IntArray,
-    groups: IntArray,
-    options: SampleOptions,
-    block_ends: IntArray,
-    bounds: FloatArray,
-    space: FloatArray,
-    weights: npt.NDArray[np.float32],
-    totals: GroupSums,
-    found: SampleSums,
-) -> None:
-    from pear_data.kernels import scan, tally
-
-    blocks = (options.levels, options.block_size, block_ends)
-    units = scan(
+    longest = int(lengths.max(initial=0))
+    kernels.weigh_samples(
         target,
         behavior,
-        ends,
-        groups,
-        *blocks,
+        np.cumsum(lengths),
+        groups.astype(np.int64, copy=False),
+        options.levels,
+        options.block_size,
+        block_ends,
         options.center,
         options.center_samples,
         options.log_gamma,
         options.clip_log_ratio,
         options.clip_log_weight,
-        space[0],
-        space[1],
-        totals.counts,
-        totals.sums,
-        found.counts,
-        found.sums,
-        totals.log_ratios,
-    )
-    unit_weights = np.exp(space[1, :units], out=space[1, :units])
-    tally(
-        unit_weights,
-        ends,
-        groups,
-        *blocks,
-        bounds,
         options.scale,
         options.scale_samples,
         weights,
         totals.counts,
         totals.sums,
+        totals.log_ratios,
+        totals.weights,
         found.counts,
         found.sums,
-        totals.weights,
+        np.empty((2, longest)),
+        np.empty(longest, dtype=np.uint16),
     )
 
 
@@ -326,17 +272,6 @@ def _checked(
                 f"{name} log-probs are not all finite: {np.count_nonzero(~np.isfinite(logprobs))}"
             )
     return target_N, behavior_N, lengths_n.astype(np.int64, copy=False)
-
-
-def _chunks_of_whole_samples(lengths: IntArray) -> Iterator[tuple[int, int, int, int]]:
-    """(first token, its end, first sample, its end) of runs of samples of about CHUNK_TOKENS tokens."""
-    ends = np.cumsum(lengths)
-    first = start = 0
-    while first < len(lengths):
-        last = max(first + 1, int(np.searchsorted(ends, start + CHUNK_TOKENS, side="right")))
-        end = int(ends[last - 1])
-        yield start, end, first, last
-        first, start = last, end
 
 
 def _checked_pieces(name: str, piece_lengths: npt.ArrayLike, lengths_n: IntArray) -> IntArray:

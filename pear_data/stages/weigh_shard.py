@@ -213,7 +213,7 @@ class _Weigher:
         self._totals.count_rows(codes, status, negative)
         lengths = group.target["num_scored"].to_numpy()[scored].astype(np.int64)
         weights = np.empty(int(lengths.sum()), dtype=np.float32)
-        found = SampleSums(np.empty((len(lengths), 5), np.int64), np.empty((len(lengths), 10)))
+        found = SampleSums.empty(len(lengths))
         if len(lengths):
             self._weigh_rows(group, scored, codes[scored], negative[scored], lengths, weights, found)
         return _Weighed(scored, lengths, weights, found, status)
@@ -242,17 +242,18 @@ class _Weigher:
         ends = np.concatenate(([0], np.cumsum(lengths)))
         for run, slots, sums in self._totals.runs(codes):
             first, last = ends[run.start], ends[min(run.stop, len(lengths))]
-            weights[first:last], part = weigh(
+            weigh(
                 flat_target[first:last],
                 flat_behavior[first:last],
                 lengths[run],
                 self._options(codes[run], negative[run]),
                 np.where(negative[run], -1, slots),
                 sums,
+                weights[first:last],
+                found.between(run.start, run.stop),
                 span_lengths=_pieces(spans, first, last),
                 block_lengths=_pieces(blocks, first, last),
             )
-            found.counts[run], found.sums[run] = part.counts, part.sums
         if not np.isfinite(found.sums[:, : kernels.LOG_RATIO_SUM]).all():
             raise MismatchError(f"{self._job.name}: log-probs are not all finite: run `pear-data verify`")
         positive = ~negative

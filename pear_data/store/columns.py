@@ -13,14 +13,12 @@ IntArray = npt.NDArray[np.int64]
 
 def flat_values(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:
     """The elements of a list column back to back; null lists contribute none."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return np.asarray(array.flatten().to_numpy(zero_copy_only=False))
+    return np.asarray(_one_chunk(column).flatten().to_numpy(zero_copy_only=False))
 
 
 def list_lengths(column: pa.ChunkedArray | pa.Array) -> IntArray:
     """Elements of each list, [n]; 0 for a null list."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    lengths = array.value_lengths().fill_null(0)
+    lengths = _one_chunk(column).value_lengths().fill_null(0)
     return np.asarray(lengths.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
@@ -36,3 +34,9 @@ def list_column(
     offsets = pa.array(offsets_of(lengths), type=pa.int32())
     mask = None if valid is None or valid.all() else pa.array(~valid)
     return pa.ListArray.from_arrays(offsets, pa.array(values, type=kind.value_type), type=kind, mask=mask)
+
+
+def _one_chunk(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pear_data.weighting as weighting
 from pear_data import importance_weights
 from pear_data.weighting import common_spans
 
@@ -102,10 +101,9 @@ def random_spans(random, length):
     block_size=st.integers(1, 9),
     gamma=st.floats(0.5, 1.0),
     seed=st.integers(0, 2**32 - 1),
-    chunk=st.integers(1, 64),
     spanned=st.booleans(),
 )
-def test_many_samples_equal_the_paper_one_by_one(lengths, level, block_size, gamma, seed, chunk, spanned):
+def test_many_samples_equal_the_paper_one_by_one(lengths, level, block_size, gamma, seed, spanned):
     random = np.random.default_rng(seed)
     target, behavior = -random.exponential(size=(2, sum(lengths)))
     options = {
@@ -116,17 +114,30 @@ def test_many_samples_equal_the_paper_one_by_one(lengths, level, block_size, gam
     }
     spans = [random_spans(random, length) if spanned else None for length in lengths]
     flat = np.concatenate([[], *spans]).astype(int) if spanned else None
-    whole, weighting.CHUNK_TOKENS = weighting.CHUNK_TOKENS, chunk
-    try:
-        got = importance_weights(target, behavior, lengths, level=level, span_lengths=flat, **options)
-    finally:
-        weighting.CHUNK_TOKENS = whole
+    got = importance_weights(target, behavior, lengths, level=level, span_lengths=flat, **options)
     ends = list(itertools.accumulate(lengths))
     want = [
         paper_weights(target[end - length : end], behavior[end - length : end], level, spans=mine, **options)
         for end, length, mine in zip(ends, lengths, spans, strict=True)
     ]
     assert relative_error(got, np.concatenate([*want, []])) <= 1e-6
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8), seed=st.integers(0, 2**32 - 1))
+def test_blocks_of_any_lengths_are_weighted_from_their_ends(lengths, seed):
+    random = np.random.default_rng(seed)
+    target, behavior = -random.exponential(size=(2, sum(lengths)))
+    blocks = [random_spans(random, length) for length in lengths]
+    flat = np.concatenate([[], *blocks]).astype(int)
+    got = importance_weights(target, behavior, lengths, gamma=0.9, block_lengths=flat)
+    want = []
+    for end, length, mine in zip(itertools.accumulate(lengths), lengths, blocks, strict=True):
+        d = np.clip((target - behavior)[end - length : end], -0.08, 0.3)
+        for block_end, size in zip(itertools.accumulate(mine), mine, strict=True):
+            log_weight = (length - block_end) * np.log(0.9) + d[block_end:].sum()
+            want += [np.exp(np.clip(log_weight, -10, 5))] * size
+    assert relative_error(got, np.array(want)) <= 1e-6
 
 
 @pytest.mark.parametrize("level", ["token", "block", "sequence"])
