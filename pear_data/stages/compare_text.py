@@ -8,29 +8,46 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from pear_data.stages.compare import Comparison, PairComparison
-from pear_data.stages.statistics_text import ABSENT, statistics_table
+from pear_data.stages.statistics import WeightingStatistics
+from pear_data.stages.statistics_text import ABSENT, described, statistics_table
 from pear_data.stages.text import one_line
 
 
 def comparison_tables(found: Comparison) -> Iterator[Table | str]:
     """Tables and lines, in the order to print them; what comes from the corpus is made safe for a terminal."""
     yield statistics_table(found.weightings)
+    for one in found.weightings:
+        yield f"{one.weights}: {described(one.settings)}{_wrong(one)}"
     yield (
         f"compared on {found.samples:,} samples ({found.scored_tokens:,} scored tokens) with label 1 that have weights "
         "in all of them"
     )
+    # Titles are lines of their own: a table would break them to its width.
+    yield "rank correlation (Spearman)"
     yield _correlations(found)
     for pair in found.pairs:
+        both = f"{pair.first} and {pair.second}"
         if pair.samples:
+            yield f"where {both} disagree most: samples, by mean weight"
             yield _samples(pair)
         if pair.tokens:
+            yield f"where {both} disagree most: tokens, one of a sample"
             yield _tokens(pair)
         if not pair.samples and not pair.tokens:
-            yield f"{pair.first} and {pair.second} disagree nowhere"
+            yield f"{both} disagree nowhere"
+
+
+def _wrong(one: WeightingStatistics) -> str:
+    count = len(one.findings)
+    return (
+        f"; {count} {'thing looks' if count == 1 else 'things look'} wrong, see `pear-data stats`"
+        if count
+        else ""
+    )
 
 
 def _correlations(found: Comparison) -> Table:
-    table = Table(title="rank correlation (Spearman)", title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     table.add_column("")
     for heading in ("tokens", "samples"):
         table.add_column(heading, justify="right")
@@ -43,8 +60,8 @@ def _correlations(found: Comparison) -> Table:
     return table
 
 
-def _table(title: str, pair: PairComparison, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
+def _table(pair: PairComparison, *columns: str) -> Table:
+    table = Table(header_style="bold")
     for heading in columns:
         table.add_column(heading, justify="right" if heading == "t" else "left", overflow="fold")
     for heading in (pair.first, pair.second, "ratio / usual"):
@@ -53,8 +70,7 @@ def _table(title: str, pair: PairComparison, *columns: str) -> Table:
 
 
 def _samples(pair: PairComparison) -> Table:
-    title = f"where {pair.first} and {pair.second} disagree most: samples, by mean weight"
-    table = _table(title, pair, "sample", "source")
+    table = _table(pair, "sample", "source")
     for sample in pair.samples:
         table.add_row(
             one_line(sample.sample_id),
@@ -67,8 +83,7 @@ def _samples(pair: PairComparison) -> Table:
 
 
 def _tokens(pair: PairComparison) -> Table:
-    title = f"where {pair.first} and {pair.second} disagree most: tokens, one of a sample"
-    table = _table(title, pair, "sample", "source", "t", "token")
+    table = _table(pair, "sample", "source", "t", "token")
     for token in pair.tokens:
         table.add_row(
             one_line(token.sample_id),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from pear_data import open_store
 from pear_data.binning import BINS, bins_of
@@ -14,6 +16,7 @@ from pear_data.config import WeightSettings
 from pear_data.errors import UsageError
 from pear_data.progress import Silent
 from pear_data.stages.compare import compare
+from pear_data.stages.compare_text import comparison_tables
 from pear_data.stages.compared_tokens import ComparedTokens
 from pear_data.stages.rank_correlation import Correlation, ranks_of, shared_ranks
 from pear_data.stages.statistics import statistics
@@ -258,6 +261,27 @@ def test_without_a_tokenizer_tokens_are_their_ids(compared, samples):
     token = compare(store, ["block", "sequence"]).pairs[0].tokens[0]
     sample = next(sample for sample in samples if sample.sample_id == token.sample_id)
     assert token.token == f"[{sample.input_ids[sample.loss_mask][token.t - 1]}]"
+
+
+def test_hostile_text_is_made_safe_to_print(compared, samples):
+    for sample in samples:
+        sample.sample_id = f"\x1b[2J{sample.sample_id}\u202e\n"
+    console = Console(markup=False, highlight=False, emoji=False, width=500, file=io.StringIO())
+    for shown in comparison_tables(compare(open_store(compared()), LEVELS)):
+        console.print(shown)
+    printed = console.file.getvalue()
+    assert "[2Js13⏎" in printed
+    assert not {"\x1b", "\u202e"} & set(printed)
+
+
+def test_what_looks_wrong_is_counted(compared, samples):
+    for sample in samples:
+        sample.initial[:] = sample.behavior - 3
+    found = compare(open_store(compared()), ["block", "token"])
+    lines = [shown for shown in comparison_tables(found) if isinstance(shown, str)]
+    line = next(line for line in lines if line.startswith("block: "))
+    assert f"; {len(found.weightings[0].findings)} thing" in line
+    assert line.endswith("wrong, see `pear-data stats`")
 
 
 @pytest.mark.parametrize(
