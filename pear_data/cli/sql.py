@@ -50,7 +50,7 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
     Examples:
       pear-data sql "select source, avg(weight_mean), sum(num_scored) from samples group by source"
       pear-data sql "select token, avg(log_ratio) from tokens group by token order by 2 limit 20"
-      pear-data sql "select decile, sum(weight_sum) / sum(tokens) from deciles where name = 'block' group by 1 order by 1"
+      pear-data sql "select name, decile, sum(weight_sum) / sum(tokens) from deciles group by all order by all"
       pear-data sql "describe tokens"
       pear-data sql "from samples" -o samples.parquet
     """
