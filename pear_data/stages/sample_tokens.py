@@ -25,7 +25,7 @@ class SampleTokens:
     tokens: list[str]  # [L], as the tokenizer's vocabulary shows them
     loss_mask: npt.NDArray[np.bool_]  # [L]
     weights: npt.NDArray[np.float32] | None  # [T]; None where the status gives it none
-    log_ratios: npt.NDArray[np.float64] | None  # [T], unclipped
+    log_ratios: npt.NDArray[np.float64] | None  # [T], unclipped and uncentered
 
     @property
     def ess_ratio(self) -> float | None:
@@ -43,28 +43,34 @@ def read_sample(views: Views, sample_id: str, settings: WeightSettings) -> Sampl
         UsageError: the corpus has no such sample.
     """
     found = views.rows(
-        "SELECT source, label, input_ids, loss_mask, num_scored FROM corpus WHERE sample_id = ?", [sample_id]
+        "SELECT source, label, input_ids, loss_mask FROM corpus WHERE sample_id = ?", [sample_id]
     )
     if not found:
         raise UsageError(
             f"there is no sample {sample_id!r}: `pear-data sql 'select sample_id from samples limit 10'` shows some"
         )
-    source, label, input_ids, loss_mask, _ = found[0]
-    status, weights = views.rows(
-        "SELECT coalesce(any_value(status), 'not weighted yet'), any_value(weights) FROM weights"
-        " WHERE name = ? AND sample_id = ?",
-        [settings.stored_name, sample_id],
-    )[0]
+    source, label, input_ids, loss_mask = found[0]
+    status, weights = weights_of(views, sample_id).get(settings.stored_name, ("not weighted yet", None))
     return SampleTokens(
         sample_id=sample_id,
         source=source,
         label=label,
         status=status,
-        tokens=_texts(views, sample_id, input_ids),
+        tokens=_texts(views, input_ids),
         loss_mask=np.asarray(loss_mask, dtype=np.bool_),
-        weights=None if weights is None else np.asarray(weights, dtype=np.float32),
+        weights=weights,
         log_ratios=_log_ratios(views, sample_id, settings),
     )
+
+
+def weights_of(views: Views, sample_id: str) -> dict[str, tuple[str, npt.NDArray[np.float32] | None]]:
+    """A sample's status and weights [T] under each weighting that has come to it."""
+    return {
+        name: (status, None if weights is None else np.asarray(weights, dtype=np.float32))
+        for name, status, weights in views.rows(
+            "SELECT name, status, weights FROM weights WHERE sample_id = ?", [sample_id]
+        )
+    }
 
 
 def _log_ratios(views: Views, sample_id: str, settings: WeightSettings) -> npt.NDArray[np.float64] | None:
@@ -82,12 +88,11 @@ def _log_ratios(views: Views, sample_id: str, settings: WeightSettings) -> npt.N
     return log_ratios(target, behavior, agreed_spans(first, second))
 
 
-def _texts(views: Views, sample_id: str, input_ids: list[int]) -> list[str]:
+def _texts(views: Views, input_ids: list[int]) -> list[str]:
     text = dict(
         views.rows(
-            "SELECT token_id, token FROM stored.vocabulary WHERE token_id IN"
-            " (SELECT unnest(input_ids) FROM corpus WHERE sample_id = ?)",
-            [sample_id],
+            "SELECT token_id, token FROM stored.vocabulary WHERE token_id IN (SELECT unnest(?::INTEGER[]))",
+            [sorted(set(input_ids))],
         )
     )
     # Without a tokenizer in the store the ids are all there is to show.
