@@ -1,27 +1,51 @@
-"""Geometry of the report's charts, in the units of their SVG boxes; the template only draws it."""
+"""Geometry of the report's bar charts, in the units of their SVG boxes; the template only draws it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from pear_data.binning import bins_of, middles_of
+from pear_data.stages.axes import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Mark,
+    nice_ticks,
+    percent,
+    root_ticks,
+    share_ticks,
+    weight_ticks,
+    x_scale,
+    y_place,
+)
 from pear_data.stages.histogram import Histogram
 
-WIDTH, HEIGHT = 560.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 14.0, 34.0
-BINS = 60
+BARS = 60
+# Of what an axis is too short for, this share of the tokens at either end goes into the first and last bar.
+TAIL = 0.001
+_LOG_RATIO_TAIL = 0.01
+# Bins of a histogram are up to this wide on a logarithmic axis; a bar that is narrower would show their comb.
+_BIN_WIDTH = 2.0**-7
+# Clips further off than this many times the log-ratios are not on their axis.
+_FAR = 10.0
 _GAP = 1.0
-_LABEL = 60.0  # room a line's label takes
+_LABEL = 76.0  # room a line's label takes
 
 Floats = npt.NDArray[np.float64]
+KindOf = Callable[[Floats], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar of a chart; `kind` is a class the style sheet colours ("", "clipped", "step3"...)."""
+    """A bar of a chart; `kind` is a class the style sheet colours ("plain", "clipped", "step3"...)."""
 
     x: float
     y: float
@@ -29,14 +53,6 @@ class Bar:
     height: float
     kind: str
     title: str
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """A place on an axis with its label."""
-
-    at: float
-    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +74,9 @@ class Chart:
     bars: list[Bar]
     x_ticks: list[Mark]
     y_ticks: list[Mark]
-    lines: list[Line]
+    lines: list[Line] = field(default_factory=list)
+    key: list[tuple[str, str]] = field(default_factory=list)  # (kind, what its colour means)
+    base: float = HEIGHT - BOTTOM  # where bars start
     width: float = WIDTH
     height: float = HEIGHT
     left: float = LEFT
@@ -67,145 +85,127 @@ class Chart:
     bottom: float = HEIGHT - BOTTOM
 
 
-def log_ratio_chart(log_ratios: Histogram, clips: tuple[float, float]) -> Chart:
-    """Share of tokens by log-ratio, the clips marked and what lies beyond them set off."""
-    low, high = clips
-    p1, p99 = log_ratios.quantiles([0.01, 0.99])
-    start, end = min(p1, low), max(p99, high)
-    margin = 0.04 * (end - start) or 1.0
+def log_ratio_chart(log_ratios: Histogram, clips: tuple[float, float] | None, summary: str) -> Chart:
+    """Share of tokens by log-ratio, the clips marked and what lies beyond them set off.
+
+    Most log-ratios lie near 0, and it is the others that matter: heights are square roots of shares.
+
+    Args:
+        log_ratios: unclipped log-ratios, at least one.
+        clips: where the clips fall on this axis; None where they fall elsewhere for each sample.
+        summary: what the clips met, in words.
+    """
+    start, end = log_ratios.quantiles([_LOG_RATIO_TAIL, 1 - _LOG_RATIO_TAIL]).tolist()
+    start, end = min(start, -1e-3), max(end, 1e-3)
+    low, high = clips or (-np.inf, np.inf)
+    # A clip that is far off (nothing is to be clipped) is no reason to squeeze the log-ratios.
+    near = [clip for clip in (low, high) if abs(clip) <= _FAR * max(-start, end)]
+    start, end = min([start, *near]), max([end, *near])
+    margin = 0.04 * (end - start)
     # Edges fall on the clips, so that no bar is half clipped.
-    edges = _edges_through(start - margin, end + margin, low, high)
-    shares = _shares(log_ratios.means, log_ratios.counts, edges)
+    edges = _edges_through(start - margin, end + margin, sorted(set(near)))
     middles = (edges[:-1] + edges[1:]) / 2
-    kinds = np.where((middles < low) | (middles > high), "clipped", "kept")
-    below, above = shares[middles < low].sum(), shares[middles > high].sum()
-    scale_x = _scale(edges[0], edges[-1])
+    beyond = (middles < low) | (middles > high)
+    shares = _shares(log_ratios, edges)
+    scale_x = x_scale(edges[0], edges[-1])
+    marks = [(clip, scale_x(clip)) for clip in near]
     return Chart(
         title="Log-ratios of the tokens",
-        summary=f"{below:.0%} of the log-ratios lie below the lower clip {low:g}, {above:.0%} above the upper clip"
-        f" {high:g}.",
-        x_label="log-ratio: how much likelier the target policy finds the token (natural log)",
-        bars=_bars(edges, shares, kinds.tolist(), lambda a, b: f"{a:.3g} to {b:.3g}"),
-        x_ticks=[Mark(scale_x(value), f"{value:g}") for value in _nice_ticks(edges[0], edges[-1], 7)],
-        y_ticks=_share_ticks(shares),
-        lines=[
-            Line(scale_x(low), f"clip {low:g}", scale_x(low) > LEFT + _LABEL),
-            Line(scale_x(high), f"clip {high:g}", scale_x(high) > WIDTH - RIGHT - _LABEL),
-        ],
+        summary=summary,
+        x_label="log-ratio, target minus behavior (nats); heights are square roots",
+        bars=_bars(edges, shares, np.where(beyond, "clipped", "plain").tolist(), "{:.3g}".format, math.sqrt),
+        x_ticks=[Mark(scale_x(value), f"{value:g}") for value in nice_ticks(edges[0], edges[-1], 7)],
+        y_ticks=root_ticks(float(shares.max())),
+        lines=[Line(x, f"clip {clip:.3g}", _label_left(clip == low, x)) for clip, x in marks],
+        key=[("plain", "as it is"), ("clipped", "counts as the clip")] if near else [],
     )
 
 
-def log_weight_chart(weights: Histogram, kind_of: Callable[[Floats], list[str]]) -> Chart:
-    """Share of tokens by weight on a logarithmic axis; `kind_of(weights)` names the colour class of each bar."""
-    logs = np.log(weights.means)
-    reach = max(abs(logs[0]), abs(logs[-1]), 0.1)
-    start, end = min(logs[0], -0.1 * reach), max(logs[-1], 0.1 * reach)
+def weight_chart(weights: Histogram, kind_of: KindOf) -> Chart:
+    """Share of tokens by weight on a logarithmic axis; `kind_of(weights)` names the colour class of each bar.
+
+    Weights of 0 (a probability can be as small) are in the first bar.
+    """
+    least = float(np.finfo(np.float32).tiny)
+    start, end = np.log(np.maximum(weights.quantiles([TAIL, 1 - TAIL]), least)).tolist()
+    reach = max(abs(start), abs(end), 0.1)
+    start, end = min(start, -0.1 * reach), max(end, 0.1 * reach)
     margin = 0.02 * (end - start)
-    edges = np.linspace(start - margin, end + margin, BINS + 1)
-    shares = _shares(logs, weights.counts, edges)
-    scale_x = _scale(edges[0], edges[-1])
-    ticks = [value for value in _weight_ticks(reach) if edges[0] <= np.log(value) <= edges[-1]]
-    kinds = kind_of(np.exp((edges[:-1] + edges[1:]) / 2))
+    start, end = start - margin, end + margin
+    edges = np.linspace(start, end, 1 + min(BARS, int((end - start) / _BIN_WIDTH)))
+    shares = _shares(weights, np.exp(edges))
+    scale_x = x_scale(start, end)
     low, middle, high = weights.quantiles([0.05, 0.5, 0.95])
     return Chart(
         title="Weights of the tokens",
-        summary=f"Half of the weights are at most {middle:.3g}; nine in ten lie between {low:.3g} and {high:.3g}.",
+        summary=f"Half are at most {middle:.3g}; nine in ten lie between {low:.3g} and {high:.3g}.",
         x_label="weight (logarithmic)",
-        bars=_bars(edges, shares, kinds, lambda a, b: f"{np.exp(a):.3g} to {np.exp(b):.3g}"),
-        x_ticks=[Mark(scale_x(np.log(value)), f"{value:g}") for value in ticks],
-        y_ticks=_share_ticks(shares),
-        lines=[],
-    )
-
-
-def position_chart(deciles: Sequence[float | None], kind_of: Callable[[Floats], list[str]]) -> Chart:
-    """Mean weight in each tenth of the samples, first to last."""
-    values = np.array([value or 0.0 for value in deciles])
-    edges = np.linspace(0, 100, len(values) + 1)
-    top = float(values.max()) or 1.0
-    ticks = _nice_ticks(0, top, 4)
-    return Chart(
-        title="Mean weight by position",
-        summary=f"From {values[0]:.3g} in the first tenth of a sample to {values[-1]:.3g} in the last.",
-        x_label="position in the sample (% of its scored tokens)",
         bars=_bars(
-            edges,
-            values,
-            kind_of(np.maximum(values, 1e-30)),
-            lambda a, b: f"{a:.0f} to {b:.0f} %",
-            plain=True,
+            edges, shares, kind_of(np.exp((edges[:-1] + edges[1:]) / 2)), lambda v: f"{np.exp(v):.3g}"
         ),
-        x_ticks=[Mark(_scale(0, 100)(value), f"{value:g}") for value in (0, 25, 50, 75, 100)],
-        y_ticks=[Mark(_height(value / top), f"{value:g}") for value in ticks],
-        lines=[],
+        x_ticks=[Mark(scale_x(np.log(value)), f"{value:g}") for value in weight_ticks(start, end)],
+        y_ticks=share_ticks(float(shares.max())),
     )
 
 
-def _shares(values: Floats, counts: npt.NDArray[np.signedinteger], edges: Floats) -> Floats:
-    """Share of the counts in each bin; what lies outside counts to the first or last."""
-    inside = np.clip(values, edges[0], edges[-1])
-    shares: Floats = np.histogram(inside, bins=edges, weights=counts)[0] / counts.sum()
-    return shares
+def _label_left(is_low: bool, x: float) -> bool:
+    return x > LEFT + _LABEL if is_low else x > WIDTH - RIGHT - _LABEL
+
+
+def _shares(values: Histogram, edges: Floats) -> Floats:
+    """Share of the values between neighbouring edges; what lies outside counts to the first or last bar.
+
+    The values of a bin are taken to be spread evenly over it, or bars about as wide as bins would show a comb.
+    """
+    bins = bins_of(values.means.astype(np.float32))
+    middles = middles_of(bins)
+    below = np.maximum((middles_of(bins - 1) + middles) / 2, values.minimum)
+    above = np.minimum((middles + middles_of(bins + 1)) / 2, values.maximum)
+    inner = edges[1:-1, None]
+    # Where all values of a bin are one, it has no width and is passed at once.
+    width = np.where(above > below, above - below, 1.0)
+    passed = np.where(above > below, np.clip((inner - below) / width, 0, 1), inner >= below)
+    shares = values.counts / values.counts.sum()
+    cumulative = np.concatenate(([0.0], passed @ shares, [1.0]))
+    found: Floats = np.maximum(np.diff(cumulative), 0.0)
+    return found
 
 
 def _bars(
     edges: Floats,
-    values: Floats,
+    shares: Floats,
     kinds: Sequence[str],
-    name: Callable[[float, float], str],
-    plain: bool = False,
+    name: Callable[[float], str],
+    height: Callable[[float], float] = float,
 ) -> list[Bar]:
-    scale_x = _scale(edges[0], edges[-1])
-    top = values.max() or 1.0
+    """Bars whose heights go as `height` of their shares; `name` says an edge."""
+    scale_x = x_scale(edges[0], edges[-1])
+    top = height(float(shares.max()))
+    last = len(shares) - 1
     bars = []
-    for a, b, value, kind in zip(edges[:-1], edges[1:], values.tolist(), kinds, strict=True):
-        if value > 0:
-            x, y = scale_x(a), _height(value / top)
-            width, height = max(scale_x(b) - x - _GAP, 0.5), HEIGHT - BOTTOM - y
-            said = f"{value:.4g}" if plain else f"{100 * value:.2g} % of the tokens"
-            bars.append(Bar(x, y, round(width, 2), round(height, 2), kind, f"{name(a, b)}: {said}"))
+    for index, (share, kind) in enumerate(zip(shares.tolist(), kinds, strict=True)):
+        if share < 1e-9:
+            continue
+        a, b = float(edges[index]), float(edges[index + 1])
+        x, y = scale_x(a), y_place(height(share) / top)
+        ends = (
+            f"up to {name(b)}"
+            if index == 0
+            else f"from {name(a)}"
+            if index == last
+            else f"{name(a)} to {name(b)}"
+        )
+        width = round(max(scale_x(b) - x - _GAP, 0.5), 2)
+        title = f"{ends}: {percent(share)} of the tokens"
+        bars.append(Bar(x, y, width, round(HEIGHT - BOTTOM - y, 2), kind, title))
     return bars
 
 
-def _scale(start: float, end: float) -> Callable[[float], float]:
-    return lambda value: round(LEFT + (value - start) / (end - start) * (WIDTH - LEFT - RIGHT), 2)
-
-
-def _height(part: float) -> float:
-    return round(TOP + (1 - part) * (HEIGHT - TOP - BOTTOM), 2)
-
-
-def _edges_through(start: float, end: float, low: float, high: float) -> Floats:
-    """About BINS bins from `start` to `end`, with edges at `low` and `high`."""
-    parts = [(start, low), (low, high), (high, end)]
+def _edges_through(start: float, end: float, fixed: Sequence[float]) -> Floats:
+    """About BARS bars from `start` to `end`, with edges at each of `fixed`."""
     edges = [start]
-    for a, b in parts:
+    for a, b in zip([start, *fixed], [*fixed, end], strict=True):
         if b > a:
-            count = max(1, round(BINS * (b - a) / (end - start)))
+            count = max(1, round(BARS * (b - a) / (end - start)))
             edges.extend(np.linspace(a, b, count + 1)[1:].tolist())
     return np.asarray(edges)
-
-
-def _share_ticks(shares: Floats) -> list[Mark]:
-    top = float(shares.max())
-    return [Mark(_height(value / top), f"{100 * value:g} %") for value in _nice_ticks(0, top, 4)]
-
-
-def _nice_ticks(start: float, end: float, count: int) -> list[float]:
-    """Round numbers from `start` to `end`, about `count` of them."""
-    raw = (end - start) / count
-    magnitude = 10.0 ** np.floor(np.log10(raw))
-    step = next(size * magnitude for size in (1, 2, 2.5, 5, 10) if size * magnitude >= raw)
-    first = np.ceil(start / step - 1e-9)
-    last = np.floor(end / step + 1e-9)
-    # Adding 0 turns -0 into 0.
-    return [float(f"{index * step:.6g}") + 0.0 for index in np.arange(first, last + 1)]
-
-
-def _weight_ticks(reach: float) -> list[float]:
-    """Round weights around 1, closer together the less the weights reach from it."""
-    if reach > np.log(50):
-        return [10.0**power for power in range(-12, 13)]
-    if reach > np.log(4):
-        return [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]
-    return [0.25, 0.33, 0.5, 0.67, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4]

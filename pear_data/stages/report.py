@@ -1,35 +1,45 @@
-"""One self-contained HTML page about a store's weights: numbers, charts, and samples with their tokens coloured.
+"""One self-contained HTML page about a store's weights: a verdict, charts, and samples with their tokens coloured.
 
 The page holds no script and loads nothing; a content security policy forbids both. Everything that comes from the
-corpus is escaped by the template engine and freed of control characters.
+corpus is escaped by the template engine, freed of control characters and shortened where it is long. No token is read
+but those of the samples shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
-import numpy.typing as npt
 
 from pear_data import __version__
 from pear_data.config import ReportSettings
 from pear_data.errors import UsageError
 from pear_data.progress import Outcome
-from pear_data.stages.charts import Chart, log_ratio_chart, log_weight_chart, position_chart
+from pear_data.stages.charts import Chart
+from pear_data.stages.clip_marks import corpus_mean
 from pear_data.stages.colours import STEPS, WeightScale, scale_for
-from pear_data.stages.heat_map import Card, cards
+from pear_data.stages.heat_map import Card, cards, shortened
 from pear_data.stages.measure import Measured, measure
+from pear_data.stages.side_by_side import Comparison, compare_sources, compare_weightings
 from pear_data.stages.statistics import WeightingStatistics, summarise
-from pear_data.stages.statistics_text import ROWS, SOURCE_COLUMNS, described, set_aside
+from pear_data.stages.statistics_text import ROWS, described, set_aside
 from pear_data.stages.text import one_line
+from pear_data.stages.verdict import advice
+from pear_data.stages.weighting_charts import charts_of
 from pear_data.store import Store
 from pear_data.store.commit import write_atomically
-from pear_data.store.view_sql import default_weighting
-from pear_data.store.views import connect
+from pear_data.store.shown import default_weighting
+from pear_data.store.views import Views, connect
+
+# Weightings shown with charts and samples; the others are compared only.
+SHOWN_WEIGHTINGS = 6
+# Characters of a name or an id; what is longer is cut and its length said.
+NAME_CHARACTERS = 80
+TEXT_CHARACTERS = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +60,9 @@ class WeightingSection:
     description: str
     aside: str | None
     charts: list[Chart]
+    sources: Comparison | None
     legend: list[tuple[int, str]]
     cards: list[Card]
-    is_open: bool
 
 
 def report(store: Store, settings: ReportSettings) -> Outcome:
@@ -74,57 +84,46 @@ def report(store: Store, settings: ReportSettings) -> Outcome:
 
 
 def render(store: Store, names: Sequence[str]) -> str:
-    """The page about the named weightings."""
+    """The page about the named weightings, the default one first where it is among them."""
+    preferred = default_weighting(store.manifest)
+    names = sorted(names, key=lambda name: name != preferred)
     measured = [measure(store, name) for name in names]
     found = [summarise(store, one) for one in measured]
-    preferred = default_weighting(store.manifest)
-    shown_open = preferred if preferred in names else names[0]
+    shown = list(zip(measured, found, strict=True))[:SHOWN_WEIGHTINGS]
     with connect(store) as views:
-        sections = [
-            _section(one, numbers, cards(views, one, _scale(numbers)), one.name == shown_open)
-            for one, numbers in zip(measured, found, strict=True)
-        ]
-    sections.sort(key=lambda section: not section.is_open)
-    first = next(section.statistics for section in sections)
-    ratios = next(one for one in measured if one.name == first.weights)
+        sections = [_section(store, views, one, numbers) for one, numbers in shown]
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
             version=__version__,
             store=store.path.absolute().name,
-            first=first,
-            policies=_policies(store, first),
+            first=found[0],
+            policies=_policies(store, found[0]),
             sections=sections,
+            sections_left_out=[one.weights for one in found[SHOWN_WEIGHTINGS:]],
             found=found,
+            weightings=compare_weightings([(one.weights, one.corpus) for one in found]),
             rows=ROWS,
-            source_columns=SOURCE_COLUMNS,
-            log_ratio_chart=_log_ratio_chart(ratios),
-            findings=_findings(found),
+            advice=advice(found, store.manifest.names("weights")),
         )
     )
 
 
 def _section(
-    measured: Measured, numbers: WeightingStatistics, chosen: list[Card], is_open: bool
+    store: Store, views: Views, measured: Measured, numbers: WeightingStatistics
 ) -> WeightingSection:
+    corpus = numbers.corpus
     scale = _scale(numbers)
-    charts = []
-    if numbers.corpus.scored_tokens:
-        kind_of = _kind_of(scale)
-        weights = measured.whole().weights
-        charts = [
-            log_weight_chart(weights, kind_of),
-            position_chart(numbers.corpus.weight_by_decile, kind_of),
-        ]
+    mean = corpus_mean(store, measured.name)
     return WeightingSection(
         statistics=numbers,
         description=described(numbers.settings),
-        aside=set_aside(numbers.corpus),
-        charts=charts,
+        aside=set_aside(corpus),
+        charts=charts_of(measured.whole(), numbers, mean, scale) if corpus.scored_tokens else [],
+        sources=compare_sources(corpus, numbers.sources) if len(numbers.sources) > 1 else None,
         legend=[(step + STEPS, scale.label(step)) for step in range(-STEPS, STEPS + 1)],
-        cards=chosen,
-        is_open=is_open,
+        cards=cards(views, measured, scale, mean),
     )
 
 
@@ -134,44 +133,26 @@ def _scale(numbers: WeightingStatistics) -> WeightScale:
     return scale_for(corpus.weight_p1 or 1.0, corpus.weight_p99 or 1.0)
 
 
-def _kind_of(scale: WeightScale) -> Callable[[npt.NDArray[np.float64]], list[str]]:
-    return lambda weights: [
-        f"step{step + STEPS}" for step in scale.steps(weights.astype(np.float32)).tolist()
-    ]
-
-
-def _log_ratio_chart(measured: Measured) -> Chart | None:
-    log_ratios = measured.whole().log_ratios
-    return log_ratio_chart(log_ratios, measured.settings.clip_log_ratio) if log_ratios.total else None
-
-
 def _policies(store: Store, numbers: WeightingStatistics) -> list[PolicyFacts]:
     settings, corpus = numbers.settings, numbers.corpus
     sides = (
         ("target", settings.target, corpus.ppl_target),
         ("behavior", settings.behavior, corpus.ppl_behavior),
     )
+    stages = store.manifest.stages
     return [
-        PolicyFacts(role, name, _facts(store.stage(f"scores/{name}").settings), perplexity)
+        PolicyFacts(role, name, _facts(stages[f"scores/{name}"].settings), perplexity)
         for role, name, perplexity in sides
+        if f"scores/{name}" in stages  # a baseline does without a behavior policy
     ]
 
 
 def _facts(settings: dict[str, Any]) -> str:
     """Where a policy's log-probs come from, in a few words."""
     if settings.get("from_field"):
-        return f"log-probs recorded in the corpus, field {one_line(str(settings['from_field']))}"
+        return f"log-probs recorded in the corpus, field {settings['from_field']}"
     parts = [settings.get("model"), settings.get("engine"), settings.get("dtype")]
-    return ", ".join(one_line(str(part)) for part in parts if part)
-
-
-def _findings(found: Sequence[WeightingStatistics]) -> list[tuple[str, list[str]]]:
-    """(what looks wrong, weightings it is true of); the same sentence is said once."""
-    texts: dict[str, list[str]] = {}
-    for one in found:
-        for finding in one.findings:
-            texts.setdefault(finding.text, []).append(one.weights)
-    return list(texts.items())
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _environment() -> jinja2.Environment:
@@ -182,5 +163,15 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["one_line"] = one_line
+    environment.filters |= {
+        "name": lambda text: shortened(one_line(text), NAME_CHARACTERS),
+        "sentence": lambda text: shortened(one_line(text), TEXT_CHARACTERS),
+        "percent": functools.partial(_formatted, "{:.3g} %", 100),
+        "number": functools.partial(_formatted, "{:.3g}", 1),
+        "whole": functools.partial(_formatted, "{:,.0f}", 1),
+    }
     return environment
+
+
+def _formatted(form: str, factor: float, value: float | None) -> str:
+    return "-" if value is None else form.format(factor * value)
