@@ -146,24 +146,23 @@ def _corpus_remedies(
     elif code == "decays_with_position":
         remedies = [*_undiscounted(totals, settings), balance, *_one_weight_a_sample(settings)]
     elif code == "top_heavy" and can_clip:
-        remedies.append(mend.cap_weights(totals.weights, settings, HIGH_TOP_MASS / MARGIN, TOP_SHARE))
+        remedies.append(mend.cap_weights([totals.weights], settings, HIGH_TOP_MASS / MARGIN, TOP_SHARE))
     return [remedy for remedy in remedies if mend.changes(remedy, settings)] or [mend.NEARER]
 
 
 def _source_remedies(
     code: str, hits: Mapping[str, Group], sources: Mapping[str, Group], settings: WeightSettings
 ) -> list[Remedy]:
-    """Against a fault of some sources: what leaves the others as they are comes first."""
+    """Against a fault of some sources: what leaves the others as they are comes first, where there is such a thing."""
     balance = mend.balance_sources(_totals(sources), settings)
     if code in ("low_ess", "saturated", "decays_with_position"):
         return [mend.damp_sources(_totals(hits), settings), balance]
     if code == "few_sequences":
         return [*_even_samples(settings), balance]
-    if code == "top_heavy" and settings.normalize == "none":
-        return [
-            mend.cap_sources(_totals(hits), settings, HIGH_TOP_MASS / MARGIN, TOP_SHARE),
-            balance,
-        ]
+    if code == "top_heavy" and settings.normalize == "none" and not settings.per_source:
+        # Capping these alone would leave the loss to the largest weights of the others.
+        histograms = [group.totals.weights for group in hits.values()]
+        return [balance, mend.cap_weights(histograms, settings, HIGH_TOP_MASS / MARGIN, TOP_SHARE)]
     return [balance]
 
 

@@ -9,7 +9,7 @@ apart the policies are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import yaml
@@ -56,10 +56,10 @@ def changes(remedy: Remedy, settings: WeightSettings) -> bool:
 
 def balance(totals: Totals, settings: WeightSettings) -> Remedy:
     """Center samples, with clips under which nothing drifts."""
-    low, high = _shown(balanced_clips(totals, settings))
-    options = ["--clip-log-ratio", low, high]
-    if settings.center != "sample":
-        options = ["--center", "sample", *options]
+    clips, gamma = _balanced(totals, settings)
+    options = [*_centered(settings), "--clip-log-ratio", *_shown(clips)]
+    if gamma != settings.gamma:
+        options += ["--gamma", _text(gamma)]
     return Remedy(
         options=options,
         text=f"{' '.join(options)} (each token against its sample's mean, with clips that balance)",
@@ -68,17 +68,13 @@ def balance(totals: Totals, settings: WeightSettings) -> Remedy:
 
 def balance_sources(sources: Mapping[str, Totals], settings: WeightSettings) -> Remedy:
     """Center samples, with clips of its own for every source."""
-    clips = {
-        name: {"clip_log_ratio": balanced_clips(totals, of_source(settings, name))}
+    entries = {
+        name: _balanced_entry(totals, of_source(settings, name))
         for name, totals in sources.items()
         if totals.tokens
     }
-    options = ["--per-source", "FILE"]
-    if settings.center != "sample":
-        options = ["--center", "sample", *options]
-    return _per_source(
-        options, clips, settings, "each token against its sample's mean, with clips that balance each source"
-    )
+    why = "each token against its sample's mean, with clips that balance each source"
+    return _per_source([*_centered(settings), "--per-source", "FILE"], entries, settings, why)
 
 
 def damp_sources(sources: Mapping[str, Totals], settings: WeightSettings) -> Remedy:
@@ -112,29 +108,22 @@ def bound_weights(weights: Histogram, settings: WeightSettings, least_ess: float
     )
 
 
-def cap_weights(weights: Histogram, settings: WeightSettings, most_mass: float, share: float) -> Remedy:
-    """The highest upper log-weight clip that leaves `share` of the tokens no more than `most_mass` of all weight."""
-    options = ["--clip-log-weight", *_shown(_capped(weights, settings, most_mass, share))]
+def cap_weights(
+    histograms: Sequence[Histogram], settings: WeightSettings, most_mass: float, share: float
+) -> Remedy:
+    """The highest upper log-weight clip under which, in each histogram, `share` of the weights hold no more than
+    `most_mass` of their sum."""
+    cap = min(_cap(weights, most_mass, share) for weights in histograms)
+    options = ["--clip-log-weight", *_shown((settings.clip_log_weight[0], math.log(cap)))]
     return Remedy(options=options, text=f"{' '.join(options)} (caps the largest)")
 
 
-def cap_sources(
-    sources: Mapping[str, Totals], settings: WeightSettings, most_mass: float, share: float
-) -> Remedy:
-    """The same for these sources alone."""
-    entries = {
-        name: {"clip_log_weight": _capped(totals.weights, settings, most_mass, share)}
-        for name, totals in sources.items()
-    }
-    return _per_source(["--per-source", "FILE"], entries, settings, "caps the largest there")
-
-
-def _capped(weights: Histogram, settings: WeightSettings, most_mass: float, share: float) -> Bounds:
+def _cap(weights: Histogram, most_mass: float, share: float) -> float:
     for quantile in (0.99, 0.98, 0.95, 0.9, 0.75, 0.5):
         cap = float(weights.quantiles([quantile])[0])
         if top_share(np.minimum(weights.means, cap), weights.counts, share) <= most_mass:
             break
-    return settings.clip_log_weight[0], math.log(cap)
+    return cap
 
 
 def widen(settings: WeightSettings, least: float) -> Remedy:
@@ -183,23 +172,39 @@ def mean_clipped(totals: Totals, clips: Bounds, center: float = 0.0) -> float:
     return float(histogram.counts @ clipped) / histogram.total
 
 
-def balanced_clips(totals: Totals, settings: WeightSettings) -> Bounds:
-    """Clips of centered log-ratios whose clipped mean makes up for the discount.
+def _centered(settings: WeightSettings) -> list[str]:
+    return [] if settings.center == "sample" else ["--center", "sample"]
 
-    One of them is as far from 0 as sums over a sample may bear, the other as near to it as it takes.
+
+def _balanced_entry(totals: Totals, settings: WeightSettings) -> dict[str, Bounds | float]:
+    clips, gamma = _balanced(totals, settings)
+    return {"clip_log_ratio": clips, **({"gamma": gamma} if gamma != settings.gamma else {})}
+
+
+def _balanced(totals: Totals, settings: WeightSettings) -> tuple[Bounds, float]:
+    """Clips of centered log-ratios and the discount that goes with them: 1 where no clips make up for the present one.
+
+    One clip is as far from 0 as sums over a sample may bear, the other as near to it as it takes.
     """
     drift = 0.0 if settings.level == "sequence" else math.log(settings.gamma)
     center = float(totals.target_logprob - totals.behavior_logprob) / totals.tokens
+    clips = _clips_of_mean(totals, center, -drift)
+    missed = abs(mean_clipped(totals, clips, center) + drift) * length(totals)
+    return (clips, settings.gamma) if missed <= REACH / 2 else (_clips_of_mean(totals, center, 0.0), 1.0)
+
+
+def _clips_of_mean(totals: Totals, center: float, mean: float) -> Bounds:
+    """Clips under which centered log-ratios have this mean, or come as near to it as they can."""
     widest = min(WIDEST_CLIP, REACH / math.sqrt(length(totals)))
-    grows = mean_clipped(totals, (-widest, widest), center) + drift > 0
+    too_high = mean_clipped(totals, (-widest, widest), center) > mean
     nearest, farthest = 0.0, widest
     for _ in range(_BISECTIONS):
         middle = (nearest + farthest) / 2
-        clips = (-widest, middle) if grows else (-middle, widest)
-        # Whichever side is narrowed, the mean follows it: down with the upper clip, up with the lower.
-        too_wide = (mean_clipped(totals, clips, center) + drift > 0) == grows
-        nearest, farthest = (nearest, middle) if too_wide else (middle, farthest)
-    return (-widest, nearest) if grows else (-nearest, widest)
+        clips = (-widest, middle) if too_high else (-middle, widest)
+        # Whichever side is drawn in, the mean comes towards the one asked for, and goes past it where it is too much.
+        is_wide = (mean_clipped(totals, clips, center) > mean) == too_high
+        nearest, farthest = (nearest, middle) if is_wide else (middle, farthest)
+    return (-widest, nearest) if too_high else (-nearest, widest)
 
 
 def _damped_clips(totals: Totals) -> Bounds:
@@ -209,13 +214,19 @@ def _damped_clips(totals: Totals) -> Bounds:
 
 
 def _per_source(
-    options: list[str], entries: Mapping[str, Mapping[str, Bounds]], settings: WeightSettings, why: str
+    options: list[str],
+    entries: Mapping[str, Mapping[str, Bounds | float]],
+    settings: WeightSettings,
+    why: str,
 ) -> Remedy:
     """Entries of single sources, laid over those that the weighting has already."""
     file = {name: entry.model_dump(exclude_none=True) for name, entry in settings.per_source.items()}
     for name, entry in entries.items():
-        clips = {key: [float(bound) for bound in _shown(bounds)] for key, bounds in entry.items()}
-        file[name] = {**file.get(name, {}), **clips}
+        chosen = {
+            key: [float(bound) for bound in _shown(value)] if isinstance(value, tuple) else value
+            for key, value in entry.items()
+        }
+        file[name] = {**file.get(name, {}), **chosen}
     return Remedy(
         options=options,
         text=f"{' '.join(options)} ({why}; `pear-data stats --format json` has FILE)",
