@@ -1,8 +1,9 @@
-"""Checking a store: checksums, schemas and row alignment of every artefact."""
+"""Checking a store: checksums, schemas, row alignment and sums of every artefact."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pear_data.progress import Outcome, Progress
 from pear_data.schema import CORPUS as CORPUS_SCHEMA
 from pear_data.schema import SCORES, STATUS_OK, WEIGHTS
 from pear_data.stages.alignment import outdated_inputs
+from pear_data.stages.verify_sums import corpus_summary_faults, totals_faults, weight_summary_faults
 from pear_data.store import Store
 from pear_data.store.columns import flat_values, list_lengths
 from pear_data.store.manifest import CORPUS, FileEntry, Shard
@@ -28,7 +30,7 @@ def verify(store: Store, progress: Progress) -> Outcome:
         MismatchError: at least one fault; each was said through `progress`.
     """
     stages = store.manifest.stages
-    files = [entry for stage in stages.values() for shard in stage.shards for entry in _files(shard)]
+    files = [entry for stage in stages.values() for shard in stage.shards for entry in shard.files]
     if store.manifest.tokenizer is not None:
         files += [*store.manifest.tokenizer.files, store.manifest.tokenizer.vocabulary]
     progress.begin("verify", len(files), "files")
@@ -44,7 +46,8 @@ def verify(store: Store, progress: Progress) -> Outcome:
         for key, stage in stages.items()
         for shard in stage.shards
         if shard.file.path not in faulty
-        for fault in _shard_faults(store, key, shard, faulty)
+        for fault in list(_shard_faults(store, key, shard, faulty))
+        or _beside_faults(store, key, shard, faulty)
     ]
     for fault in misplaced:
         progress.say(fault)
@@ -60,21 +63,17 @@ def verify(store: Store, progress: Progress) -> Outcome:
     return Outcome(f"{store.path}: {len(files)} files in {len(stages)} stages are whole and aligned{note}")
 
 
-def _files(shard: Shard) -> list[FileEntry]:
-    return [shard.file, shard.quarantine] if shard.quarantine else [shard.file]
-
-
 def _shard_faults(store: Store, key: str, shard: Shard, faulty: set[str]) -> Iterator[str]:
     kind = key.partition("/")[0]
     where = store.path / shard.file.path
-    ids: list[pa.ChunkedArray] = []
+    rows = 0
     for table in store.row_groups(shard):
         if table.schema != _SCHEMAS[kind]:
             yield f"{where} has another schema than {kind} files have"
             return
         yield from (f"{where}: {fault}" for fault in _row_faults(kind, table))
-        ids.append(table["sample_id"])
-    if sum(len(column) for column in ids) != shard.rows:
+        rows += len(table)
+    if rows != shard.rows:
         yield f"{where} does not hold the {shard.rows} rows the manifest says"
     corpus_shard = store.stage(CORPUS).shard(shard.name)
     if kind == CORPUS or (corpus_shard is not None and corpus_shard.file.path in faulty):
@@ -85,10 +84,35 @@ def _shard_faults(store: Store, key: str, shard: Shard, faulty: set[str]) -> Ite
     )
     if corpus_shard is None or CORPUS not in shard.inputs:
         yield f"{where} belongs to no shard of the corpus"
-    elif CORPUS not in outdated and [g.to_pylist() for g in ids] != [
-        table["sample_id"].to_pylist() for table in store.row_groups(corpus_shard, ["sample_id"])
-    ]:
+    elif CORPUS not in outdated and not _same_rows(store, shard, corpus_shard):
         yield f"{where}: rows are not those of {corpus_shard.file.path}"
+
+
+def _same_rows(store: Store, shard: Shard, corpus_shard: Shard) -> bool:
+    """Whether row groups hold the same samples in the same order."""
+    groups = zip_longest(*(store.row_groups(entry, ["sample_id"]) for entry in (shard, corpus_shard)))
+    return all(one is not None and other is not None and one.equals(other) for one, other in groups)
+
+
+def _beside_faults(store: Store, key: str, shard: Shard, faulty: set[str]) -> Iterator[str]:
+    """Faults of the files beside a part: its summary and its totals."""
+    summary, totals = (_unless_faulty(entry, faulty) for entry in (shard.summary, shard.totals))
+    corpus = store.stage(CORPUS).shard(shard.name)
+    if summary and key == CORPUS:
+        yield from _named(store, summary, corpus_summary_faults(store, shard, summary))
+    elif summary:
+        yield from _named(store, summary, weight_summary_faults(store, shard, summary))
+        of_corpus = corpus and _unless_faulty(corpus.summary or corpus.file, faulty)
+        if totals and of_corpus and CORPUS not in outdated_inputs(store, shard):
+            yield from _named(store, totals, totals_faults(store, of_corpus, summary, totals))
+
+
+def _unless_faulty(entry: FileEntry | None, faulty: set[str]) -> FileEntry | None:
+    return None if entry is None or entry.path in faulty else entry
+
+
+def _named(store: Store, entry: FileEntry, faults: Iterator[str]) -> Iterator[str]:
+    return (f"{store.path / entry.path}: {fault}" for fault in faults)
 
 
 def _row_faults(kind: str, table: pa.Table) -> Iterator[str]:
