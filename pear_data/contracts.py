@@ -98,6 +98,7 @@ MEANINGS = {
     "weight_counts": "Tokens in each bin.",
     "sample_weight_bins": "Bins of the samples' weight_sum.",
     "sample_weight_counts": "Samples in each bin.",
+    "weight_summary.status": "As in weights.",
     "weights.status": "ok; unscored where a policy's status is not ok; dropped for a negative of weight 0.",
     "input": "The file or dataset the row comes from.",
     "row": "Number of the row in it, from 1; for text files the line.",

@@ -174,13 +174,20 @@ def _leaf_paths(schema: pa.Schema) -> list[str]:
     return [f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name for field in schema]
 
 
-def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """Keyword arguments of `pyarrow.parquet.ParquetWriter` for one of the schemas above."""
+def _split(schema: pa.Schema) -> dict[str, str] | None:
+    return {path: "BYTE_STREAM_SPLIT" for path in _leaf_paths(schema) if path in _SPLIT} or None
+
+
+def parquet_options(schema: pa.Schema, *, in_runs: bool = False) -> dict[str, Any]:
+    """Keyword arguments of `pyarrow.parquet.ParquetWriter` for one of the schemas above.
+
+    `in_runs` says that floats repeat from token to token, as the weights of blocks and sequences do: then they compress
+    best as they are.
+    """
     return {
         "compression": "zstd",
         "compression_level": 1,
         "use_dictionary": sorted(_REPEATING.intersection(schema.names)) or False,
-        "column_encoding": {path: "BYTE_STREAM_SPLIT" for path in _leaf_paths(schema) if path in _SPLIT}
-        or None,
+        "column_encoding": None if in_runs else _split(schema),
         "use_compliant_nested_type": True,
     }

@@ -17,9 +17,11 @@ from pear_data.runners.shard_workers import default_workers, run_shards
 from pear_data.schema import STATUS_UNSCORED
 from pear_data.stages.alignment import AlignedShard, aligned_shards
 from pear_data.stages.spans import ALIGNED_BY_BYTES, spanned_policies
-from pear_data.stages.weigh_shard import WeightJob, sum_log_ratios, sum_weights, weigh_shard
+from pear_data.stages.text_blocks import open_block_cutter
+from pear_data.stages.weigh_shard import sum_log_ratios, sum_weights, weigh_shard
+from pear_data.stages.weight_job import Weighting, WeightJob
 from pear_data.store import Store
-from pear_data.store.manifest import CORPUS
+from pear_data.store.manifest import CORPUS, Stage
 
 Found = TypeVar("Found")
 
@@ -28,37 +30,68 @@ _PLACEMENT = {"name", "workers", "runner", "ray_address"}
 
 
 def weight(store: Store, settings: WeightSettings, progress: Progress, *, overwrite: bool = False) -> Outcome:
-    """Compute one weighting for every shard that lacks it.
+    """Compute one weighting for every shard that lacks it; see `weight_all`."""
+    (outcome,) = weight_all(store, [settings], progress, overwrite=overwrite)
+    return outcome
+
+
+def weight_all(
+    store: Store, weightings: Sequence[WeightSettings], progress: Progress, *, overwrite: bool = False
+) -> list[Outcome]:
+    """Compute several weightings of the same two policies, each for every shard that lacks it, reading log-probs once.
 
     Raises:
         UsageError: a policy is not scored, or its scoring is not finished; a source of `per_source` is not there.
-        MismatchError: the weighting exists with other settings, or an artefact changed on disk.
+        MismatchError: a weighting exists with other settings, or an artefact changed on disk.
         PearError: a worker was killed, the disk refused, or Ray has no room.
     """
-    policies = _policies(store, settings)
-    key = f"weights/{settings.stored_name}"
+    policies = _policies(store, weightings)
     shards = aligned_shards(store, [f"scores/{policy}" for policy in policies])
-    _check_sources(store, settings, shards)
-    stage = store.begin(key, _stage_settings(store, settings, policies), overwrite=overwrite)
-    # Shards are redone below, one by one; until the last is, readers must not take the mixture for finished.
-    pending = [s for s in shards if not store.is_current(key, stage.shard(s.name), s.checksums)]
-    stage.complete = stage.complete and not pending
-    for decision, sentence in _decisions(store, settings, policies).items():
-        stage.decisions[decision] = sentence
-        progress.say(f"{key}: {sentence}")
-    if pending:
-        jobs = _corpus_wide(store, [_job(store, shard, settings) for shard in shards], progress)
-        _weigh(store, key, [job for job in jobs if job.name in {shard.name for shard in pending}], progress)
-    stage.complete = True
+    begun = [_begun(store, settings, policies, shards, overwrite) for settings in weightings]
+    pending: dict[str, set[str]] = {}
+    for settings, stage in zip(weightings, begun, strict=True):
+        key = f"weights/{settings.stored_name}"
+        # Shards are redone below, one by one; until the last is, readers must not take the mixture for finished.
+        pending[key] = {s.name for s in shards if not store.is_current(key, stage.shard(s.name), s.checksums)}
+        stage.complete = stage.complete and not pending[key]
+        for decision, sentence in _decisions(store, settings, policies).items():
+            stage.decisions[decision] = sentence
+            progress.say(f"{key}: {sentence}")
+    jobs = [_job(store, shard, weightings[0]) for shard in shards]
+    made = [
+        _corpus_wide(store, jobs, settings, progress)
+        for settings in weightings
+        if pending[f"weights/{settings.stored_name}"]
+    ]
+    wanted = [
+        replace(job, weightings=tuple(one for one in made if job.name in pending[one.key])) for job in jobs
+    ]
+    _weigh(store, [job for job in wanted if job.weightings], weightings[0], progress)
+    for stage in begun:
+        stage.complete = True
     store.save()
-    return _outcome(store, key)
+    return [_outcome(store, f"weights/{settings.stored_name}") for settings in weightings]
 
 
-def _policies(store: Store, settings: WeightSettings) -> list[str]:
-    """The policies a weighting reads: a baseline does without a behavior policy that was never scored."""
-    if settings.level in BASELINES and f"scores/{settings.behavior}" not in store.manifest.stages:
-        return [settings.target]
-    return [settings.target, settings.behavior]
+def _begun(
+    store: Store,
+    settings: WeightSettings,
+    policies: Sequence[str],
+    shards: Sequence[AlignedShard],
+    overwrite: bool,
+) -> Stage:
+    _check_sources(store, settings, shards)
+    key = f"weights/{settings.stored_name}"
+    return store.begin(key, _stage_settings(store, settings, policies), overwrite=overwrite)
+
+
+def _policies(store: Store, weightings: Sequence[WeightSettings]) -> list[str]:
+    """The policies that are read: baselines do without a behavior policy that was never scored."""
+    first = weightings[0]
+    baselines = all(settings.level in BASELINES for settings in weightings)
+    if baselines and f"scores/{first.behavior}" not in store.manifest.stages:
+        return [first.target]
+    return [first.target, first.behavior]
 
 
 def _stage_settings(store: Store, settings: WeightSettings, policies: Sequence[str]) -> dict[str, Any]:
@@ -117,63 +150,83 @@ def _approximate(settings: WeightSettings, spanned: list[str]) -> str:
 
 
 def _job(store: Store, shard: AlignedShard, settings: WeightSettings) -> WeightJob:
-    needs_text = settings.level == "block" and settings.block_by != "tokens"
     return WeightJob(
         root=store.path,
         name=shard.name,
-        settings=settings,
+        target_policy=settings.target,
+        behavior_policy=settings.behavior,
         corpus=shard.entries[CORPUS],
         target=shard.entries[f"scores/{settings.target}"],
         behavior=shard.entries.get(f"scores/{settings.behavior}"),
-        manifest=store.manifest.model_copy(update={"stages": {}}) if needs_text else None,
+        weightings=(),
     )
 
 
-def _corpus_wide(store: Store, jobs: list[WeightJob], progress: Progress) -> list[WeightJob]:
-    """The jobs with what they need to know of all shards: the mean log-ratio, the mean weight."""
-    settings = jobs[0].settings
-    decisions = store.stage(f"weights/{settings.stored_name}").decisions
+def _corpus_wide(
+    store: Store, jobs: Sequence[WeightJob], settings: WeightSettings, progress: Progress
+) -> Weighting:
+    """A weighting with what it needs to know of all shards: the mean log-ratio, the mean weight, the tokens' text."""
+    by_text = settings.level == "block" and settings.block_by != "tokens"
+    weighting = Weighting(settings, cutter=open_block_cutter(store, settings) if by_text else None)
+    decisions = store.stage(weighting.key).decisions
     if settings.center == "corpus":
-        center = _mean(sum_log_ratios, jobs, store, progress, "log-ratio")
+        center = _mean(sum_log_ratios, jobs, settings, "log-ratio", progress)
         decisions["center"] = center
-        jobs = [replace(job, center=center) for job in jobs]
+        weighting = replace(weighting, center=center)
     if settings.normalize == "corpus":
-        mean = _mean(sum_weights, jobs, store, progress, "weight")
+        weighed = [replace(job, weightings=(weighting,)) for job in jobs]
+        mean = _mean(sum_weights, weighed, settings, "weight", progress)
         if mean <= 0:
             raise UsageError("normalize corpus: no positive sample has a weight to take the mean of")
         decisions["scale"] = 1 / mean
-        jobs = [replace(job, scale=1 / mean) for job in jobs]
-    return jobs
+        weighting = replace(weighting, scale=1 / mean)
+    return weighting
 
 
 def _mean(
     summed: Callable[[WeightJob], tuple[float, int]],
     jobs: Sequence[WeightJob],
-    store: Store,
-    progress: Progress,
+    settings: WeightSettings,
     what: str,
+    progress: Progress,
 ) -> float:
-    total, tokens = 0.0, 0
     progress.begin(f"mean {what}", len(jobs), "shards")
     found = []
-    with contextlib.closing(_shards(summed, jobs, store)) as parts:
+    with contextlib.closing(_run(summed, jobs, settings)) as parts:
         for part in parts:
             found.append(part)
             progress.advance(1)
     progress.end()
     # Sorted, so that the sum does not depend on which worker was first.
-    for total_part, count in sorted(found):
-        total, tokens = total + total_part, tokens + count
+    total = sum(part for part, _ in sorted(found))
+    tokens = sum(count for _, count in found)
     mean = total / tokens if tokens else 0.0
     progress.say(f"mean {what} of {tokens:,} scored tokens: {mean:.6g}")
     return mean
 
 
-def _shards(
-    work: Callable[[WeightJob], Found], jobs: Sequence[WeightJob], store: Store
+def _weigh(store: Store, jobs: Sequence[WeightJob], settings: WeightSettings, progress: Progress) -> None:
+    """Weight shards, and enter each in the manifest as it comes."""
+    if not jobs:
+        return
+    names = sorted({weighting.key for job in jobs for weighting in job.weightings})
+    tokens = {job.name: job.target.num_scored for job in jobs}
+    progress.begin(", ".join(names), sum(tokens.values()), "tokens")
+    try:
+        with contextlib.closing(_run(weigh_shard, jobs, settings)) as weighed:
+            for entries in weighed:
+                for key, entry in entries.items():
+                    store.commit(key, entry)
+                progress.advance(tokens[entry.name])
+                progress.shard(entry.name, f"{entry.rows} samples")
+    finally:
+        progress.end()
+
+
+def _run(
+    work: Callable[[WeightJob], Found], jobs: Sequence[WeightJob], settings: WeightSettings
 ) -> Generator[Found, None, None]:
-    settings = jobs[0].settings
-    tokens = sum(job.target.num_scored for job in jobs)
+    tokens = sum(job.target.num_scored * max(1, len(job.weightings)) for job in jobs)
     workers = settings.workers or (
         default_workers(len(jobs), tokens) if settings.runner == "local" else len(jobs)
     )
@@ -183,21 +236,8 @@ def _shards(
         workers=workers,
         runner=settings.runner,
         ray_address=settings.ray_address,
-        root=store.path,
+        root=jobs[0].root,
     )
-
-
-def _weigh(store: Store, key: str, jobs: Sequence[WeightJob], progress: Progress) -> None:
-    progress.begin(key, sum(job.target.num_scored for job in jobs), "tokens")
-    tokens = {job.name: job.target.num_scored for job in jobs}
-    try:
-        with contextlib.closing(_shards(weigh_shard, jobs, store)) as entries:
-            for entry in entries:
-                store.commit(key, entry)
-                progress.advance(tokens[entry.name])
-                progress.shard(entry.name, f"{entry.rows} samples")
-    finally:
-        progress.end()
 
 
 def _outcome(store: Store, key: str) -> Outcome:

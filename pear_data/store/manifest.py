@@ -41,9 +41,11 @@ class Shard(_Entry):
     name: str
     file: FileEntry
     summary: FileEntry | None = Field(
-        None, description="A row per sample, without its tokens (corpus, weights)."
+        default=None, description="A row per sample, without its tokens (corpus, weights)."
     )
-    totals: FileEntry | None = Field(None, description="A row per source, sums and histograms (weights).")
+    totals: FileEntry | None = Field(
+        default=None, description="A row per source, sums and histograms (weights)."
+    )
     rows: int
     num_tokens: int = Field(description="Tokens, prompt included (corpus), or scored tokens (other stages).")
     num_scored: int

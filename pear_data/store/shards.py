@@ -16,14 +16,14 @@ SUMMARY_ROWS = 500_000
 
 
 @contextlib.contextmanager
-def parquet_shard(final: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A Parquet writer whose file appears at `final` only when the block ends well.
+def parquet_shard(final: Path, schema: pa.Schema, *, in_runs: bool = False) -> Iterator[pq.ParquetWriter]:
+    """A Parquet writer whose file appears at `final` only when the block ends well; `in_runs`: see `parquet_options`.
 
     Each `write_table(table, row_group_size=len(table))` makes one row group.
     """
     with (
         atomic_path(final) as temporary,
-        pq.ParquetWriter(temporary, schema, **parquet_options(schema)) as writer,
+        pq.ParquetWriter(temporary, schema, **parquet_options(schema, in_runs=in_runs)) as writer,
     ):
         yield writer
 

@@ -1,0 +1,202 @@
+"""Weights of one row group at a time, and the rows of a shard's files that they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pear_data import kernels
+from pear_data.config import BASELINES
+from pear_data.errors import MismatchError
+from pear_data.schema import FLOATS, STATUS_DROPPED, STATUS_OK, STATUS_UNSCORED, WEIGHT_SUMMARY, WEIGHTS
+from pear_data.stages.source_totals import SourceTotals
+from pear_data.stages.spans import compared_spans
+from pear_data.stages.weight_groups import Group
+from pear_data.stages.weight_job import Weighting, WeightJob
+from pear_data.store.columns import flat_values, list_column, list_lengths
+from pear_data.weighting import LEVELS, SampleOptions, SampleSums, weigh
+
+Floats = npt.NDArray[np.float32]
+Counts = npt.NDArray[np.int64]
+
+_SAMPLE_COLUMNS: tuple[tuple[str, str, int], ...] = (
+    ("log_ratio_sum", "sums", kernels.LOG_RATIO_SUM),
+    ("weight_sum", "sums", kernels.WEIGHT),
+    ("weight_square_sum", "sums", kernels.WEIGHT_SQUARE),
+    ("weight_min", "sums", kernels.WEIGHT_MIN),
+    ("weight_max", "sums", kernels.WEIGHT_MAX),
+    ("clipped_low", "counts", kernels.CLIPPED_LOW),
+    ("clipped_high", "counts", kernels.CLIPPED_HIGH),
+    ("saturated_low", "counts", kernels.SATURATED_LOW),
+    ("saturated_high", "counts", kernels.SATURATED_HIGH),
+)
+_OF_LOG_RATIOS = ("log_ratio_sum", "clipped_low", "clipped_high")
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """Weights of the scored rows of a row group, and what was found of them."""
+
+    scored: npt.NDArray[np.bool_]  # [rows]
+    lengths: Counts  # [n]
+    weights: Floats  # [N]
+    found: SampleSums
+    status: npt.NDArray[np.object_]  # [rows]
+
+
+class Weigher:
+    """Weights the row groups of one shard by one weighting; `totals` are those of the groups so far."""
+
+    def __init__(self, job: WeightJob, weighting: Weighting, sources: list[str]) -> None:
+        self.totals = SourceTotals(sources, job.behavior is not None)
+        self._name, self._weighting = job.name, weighting
+        settings = weighting.settings
+        own = [settings.per_source.get(source) for source in sources]
+        self._log_gamma = np.log([s.gamma if s and s.gamma else settings.gamma for s in own])
+        self._ratio_bounds = np.array([(s and s.clip_log_ratio) or settings.clip_log_ratio for s in own])
+        self._weight_bounds = np.array([(s and s.clip_log_weight) or settings.clip_log_weight for s in own])
+
+    def weigh(self, group: Group) -> Weighed:
+        """Weight a row group."""
+        settings = self._weighting.settings
+        scored = is_ok(group.target)
+        if group.behavior is not None:
+            scored &= is_ok(group.behavior)
+        negative = group.samples["label"].to_numpy() < 0
+        status = np.full(len(scored), STATUS_UNSCORED, dtype=object)
+        status[scored] = STATUS_OK
+        if not settings.negative_scale:
+            status[scored & negative] = STATUS_DROPPED
+        codes = group.samples["source"].to_numpy().astype(np.int64)
+        self.totals.count_rows(codes, status, negative)
+        lengths = group.target["num_scored"].to_numpy()[scored].astype(np.int64)
+        weights = np.empty(int(lengths.sum()), dtype=np.float32)
+        found = SampleSums.empty(len(lengths))
+        if len(lengths):
+            self._weigh_rows(group, scored, codes[scored], negative[scored], lengths, weights, found)
+        return Weighed(scored, lengths, weights, found, status)
+
+    def _weigh_rows(
+        self,
+        group: Group,
+        scored: npt.NDArray[np.bool_],
+        codes: Counts,
+        negative: npt.NDArray[np.bool_],
+        lengths: Counts,
+        weights: Floats,
+        found: SampleSums,
+    ) -> None:
+        target = _of_rows(group.target, scored)
+        behavior = target if group.behavior is None else _of_rows(group.behavior, scored)
+        spans = None if group.behavior is None else compared_spans(target, behavior)
+        blocks = None
+        cutter = self._weighting.cutter
+        if cutter is not None:
+            assert group.text is not None
+            text = _of_rows(group.text, scored)
+            tokens = list_lengths(text["input_ids"])
+            blocks = cutter.block_lengths(
+                flat_values(text["input_ids"]), flat_values(text["loss_mask"]), tokens
+            )
+        flat_target, flat_behavior = flat_values(target["logprobs"]), flat_values(behavior["logprobs"])
+        ends = np.concatenate(([0], np.cumsum(lengths)))
+        for run, slots, sums in self.totals.runs(codes):
+            first, last = ends[run.start], ends[min(run.stop, len(lengths))]
+            weigh(
+                flat_target[first:last],
+                flat_behavior[first:last],
+                lengths[run],
+                self._options(codes[run], negative[run]),
+                np.where(negative[run], -1, slots),
+                sums,
+                weights[first:last],
+                found.between(run.start, run.stop),
+                span_lengths=_pieces(spans, first, last),
+                block_lengths=_pieces(blocks, first, last),
+            )
+        if not np.isfinite(found.sums[:, : kernels.LOG_RATIO_SUM]).all():
+            raise MismatchError(f"{self._name}: log-probs are not all finite: run `pear-data verify`")
+        positive = ~negative
+        part = SampleSums(found.counts[positive], found.sums[positive])
+        self.totals.add_samples(codes[positive], lengths[positive], part)
+
+    def _options(self, codes: Counts, negative: npt.NDArray[np.bool_]) -> SampleOptions:
+        """How samples are weighted; negatives get their sequence-level weight times -lambda (3.6)."""
+        settings = self._weighting.settings
+        is_baseline = settings.level in BASELINES
+        levels = np.full(len(codes), LEVELS.index(settings.level), dtype=np.int8)
+        if not is_baseline:
+            levels[negative] = LEVELS.index("sequence")
+        scale = np.full(len(codes), self._weighting.scale)
+        scale[negative] *= -settings.negative_scale if settings.negative_scale else 0.0
+        unbounded = np.tile((-np.inf, np.inf), (len(codes), 1))
+        return SampleOptions(
+            levels=levels,
+            block_size=settings.block_size,
+            log_gamma=self._log_gamma[codes],
+            clip_log_ratio=self._ratio_bounds[codes],
+            clip_log_weight=unbounded if is_baseline else self._weight_bounds[codes],
+            center=np.full(len(codes), self._weighting.center),
+            center_samples=settings.center == "sample",
+            scale=scale,
+            scale_samples=settings.normalize == "sample",
+        )
+
+
+def weight_rows(group: Group, weighed: Weighed) -> pa.Table:
+    """Rows of a part (schema: `pear_data.schema.WEIGHTS`)."""
+    lengths = np.zeros(len(weighed.scored), dtype=np.int64)
+    lengths[weighed.scored] = weighed.lengths
+    columns = [
+        group.target["sample_id"],
+        list_column(weighed.weights, lengths, FLOATS, weighed.scored),
+        group.target["num_scored"],
+        pa.array(weighed.status, type=pa.string()),
+    ]
+    return pa.table(columns, schema=WEIGHTS)
+
+
+def summary_rows(group: Group, weighed: Weighed) -> pa.Table:
+    """Rows of a summary (schema: `pear_data.schema.WEIGHT_SUMMARY`)."""
+    columns: dict[str, Any] = {
+        "sample_id": group.target["sample_id"],
+        "num_scored": group.target["num_scored"],
+        "status": pa.array(weighed.status, type=pa.string()),
+    }
+    for name, kind, index in _SAMPLE_COLUMNS:
+        values = getattr(weighed.found, kind)[:, index]
+        known = weighed.scored
+        if group.behavior is None and name in _OF_LOG_RATIOS:
+            known = np.zeros_like(known)
+        columns[name] = _scatter(values, weighed.scored, known, WEIGHT_SUMMARY.field(name).type)
+    return pa.table([columns[name] for name in WEIGHT_SUMMARY.names], schema=WEIGHT_SUMMARY)
+
+
+def _scatter(
+    values: npt.NDArray[Any], rows: npt.NDArray[np.bool_], known: npt.NDArray[np.bool_], kind: pa.DataType
+) -> pa.Array:
+    """A column with `values` at the true `rows`, null where not `known`."""
+    column = np.zeros(len(rows), dtype=values.dtype)
+    column[rows] = values
+    return pa.array(column, mask=~known).cast(kind)
+
+
+def _pieces(lengths: Counts | None, first: int, last: int) -> Counts | None:
+    """Those of pieces that lie between two tokens, at which pieces end."""
+    if lengths is None:
+        return None
+    ends = np.cumsum(lengths)
+    return lengths[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
+
+
+def _of_rows(table: pa.Table, rows: npt.NDArray[np.bool_]) -> pa.Table:
+    return table if rows.all() else table.filter(pa.array(rows))
+
+
+def is_ok(scores: pa.Table) -> npt.NDArray[np.bool_]:
+    """The rows that a policy could score."""
+    return np.asarray(scores["status"].to_numpy(zero_copy_only=False) == STATUS_OK, dtype=np.bool_)

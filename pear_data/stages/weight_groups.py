@@ -1,0 +1,107 @@
+"""Reading what one shard's weights are made of: a row group of both policies at a time, checked meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pear_data.errors import MismatchError
+from pear_data.stages.weight_job import WeightJob
+from pear_data.store import Store
+from pear_data.store.manifest import FileEntry
+
+Item = TypeVar("Item")
+READ_BUFFER = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One row group of both policies, and its rows of the corpus."""
+
+    samples: pa.Table  # sample_id, source (a code), label
+    target: pa.Table
+    behavior: pa.Table | None
+    text: pa.Table | None  # input_ids and loss_mask
+
+
+def open_groups(job: WeightJob) -> tuple[list[str], Generator[Group, None, None]]:
+    """The sources of a shard, by code, and its row groups, each read while the one before is in use."""
+    corpus = pq.read_table(job.root / job.corpus_summary.path, columns=["sample_id", "source", "label"])
+    named = corpus["source"].combine_chunks().dictionary_encode()
+    return named.dictionary.to_pylist(), _groups(job, corpus.set_column(1, "source", named.indices))
+
+
+@contextlib.contextmanager
+def checked(store: Store, job: WeightJob) -> Iterator[Callable[[], None]]:
+    """Compare every file that is read with its sha256, beside the reading; call what this yields to have the result.
+
+    Raises MismatchError, also where a damaged file cannot be read.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        checks = [thread.submit(store.file, entry) for entry in job.files]
+
+        def check() -> None:
+            for done in checks:
+                done.result()
+
+        try:
+            yield check
+        except (pa.ArrowException, OSError):
+            check()  # what cannot be read is damaged, if anything is
+            raise
+
+
+def _groups(job: WeightJob, samples: pa.Table) -> Generator[Group, None, None]:
+    wanted = ["sample_id", "logprobs", "span_tokens", "num_scored", "status"]
+    files: dict[str, tuple[FileEntry, list[str]]] = {"target": (job.target.file, wanted)}
+    if job.behavior is not None:
+        files["behavior"] = (job.behavior.file, wanted)
+    if job.needs_text:
+        files["text"] = (job.corpus.file, ["sample_id", "input_ids", "loss_mask"])
+    first = 0
+    with contextlib.ExitStack() as stack:
+        readers = {
+            role: stack.enter_context(_one_ahead(_row_groups(job.root / entry.path, columns)))
+            for role, (entry, columns) in files.items()
+        }
+        try:
+            for tables in zip(*readers.values(), strict=True):
+                group = dict(zip(readers, tables, strict=True))
+                rows = samples.slice(first, len(group["target"]))
+                first += len(rows)
+                if any(not table["sample_id"].equals(rows["sample_id"]) for table in tables):
+                    raise MismatchError(
+                        f"{job.name}: the stages differ in their rows: run `pear-data verify`"
+                    )
+                yield Group(rows, group["target"], group.get("behavior"), group.get("text"))
+        except ValueError:
+            raise MismatchError(f"{job.name}: stages differ in row groups: run `pear-data verify`") from None
+    if first != len(samples):
+        raise MismatchError(f"{job.name}: the stages differ in their rows: run `pear-data verify`")
+
+
+def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as parquet:
+        for group in range(parquet.num_row_groups):
+            yield parquet.read_row_group(group, columns=columns, use_threads=False)
+
+
+@contextlib.contextmanager
+def _one_ahead(items: Iterator[Item]) -> Iterator[Iterator[Item]]:
+    """The same, each made in another thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as thread:
+
+        def made() -> Iterator[Item]:
+            following = thread.submit(next, items, None)
+            while (item := following.result()) is not None:
+                following = thread.submit(next, items, None)
+                yield item
+
+        yield made()
