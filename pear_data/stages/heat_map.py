@@ -164,7 +164,8 @@ def _bounded(pieces: Sequence[Piece], too_many: int) -> tuple[list[Piece], int]:
 def _context(run: Sequence[Piece]) -> Piece:
     """Text that is not scored as one piece, its middle left out where it is long."""
     texts = [piece.text for piece in run]
-    if len(texts) > SHOWN_CONTEXT:
-        half = SHOWN_CONTEXT // 2
-        texts = [*texts[:half], f" … {len(texts) - 2 * half:,} tokens left out … ", *texts[-half:]]
+    half = SHOWN_CONTEXT // 2
+    left_out = len(texts) - 2 * half
+    if left_out > half:  # fewer are shown in less room than the words take
+        texts = [*texts[:half], f" … {left_out:,} tokens left out … ", *texts[-half:]]
     return Piece("".join(texts), None, "")

@@ -24,7 +24,7 @@ from pear_data.stages.clip_marks import corpus_mean
 from pear_data.stages.colours import STEPS, WeightScale, scale_for
 from pear_data.stages.heat_map import Card, cards, shortened
 from pear_data.stages.measure import Measured, measure
-from pear_data.stages.side_by_side import Comparison, compare_sources, compare_weightings
+from pear_data.stages.side_by_side import Comparison, clipped, compare_sources, compare_weightings
 from pear_data.stages.statistics import WeightingStatistics, summarise
 from pear_data.stages.statistics_text import ROWS, described, set_aside
 from pear_data.stages.text import one_line
@@ -99,11 +99,12 @@ def render(store: Store, names: Sequence[str]) -> str:
             version=__version__,
             store=store.path.absolute().name,
             first=found[0],
+            first_clipped=clipped(found[0].settings, found[0].corpus),
             policies=_policies(store, found[0]),
             sections=sections,
             sections_left_out=[one.weights for one in found[SHOWN_WEIGHTINGS:]],
             found=found,
-            weightings=compare_weightings([(one.weights, one.corpus) for one in found]),
+            weightings=compare_weightings(found),
             rows=ROWS,
             advice=advice(found, store.manifest.names("weights")),
         )
@@ -121,7 +122,9 @@ def _section(
         description=described(numbers.settings),
         aside=set_aside(corpus),
         charts=charts_of(measured.whole(), numbers, mean, scale) if corpus.scored_tokens else [],
-        sources=compare_sources(corpus, numbers.sources) if len(numbers.sources) > 1 else None,
+        sources=compare_sources(numbers.settings, corpus, numbers.sources)
+        if len(numbers.sources) > 1
+        else None,
         legend=[(step + STEPS, scale.label(step)) for step in range(-STEPS, STEPS + 1)],
         cards=cards(views, measured, scale, mean),
     )

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pear_data.config import BASELINES, WeightSettings
 from pear_data.stages.axes import Mark, percent, weight_ticks
 
 if TYPE_CHECKING:
-    from pear_data.stages.statistics import GroupStatistics
+    from pear_data.stages.statistics import GroupStatistics, WeightingStatistics
 
 # Sources compared; the others are said to be left out.
 SHOWN_SOURCES = 20
 WIDTH, HEIGHT = 220.0, 22.0
 _MARGIN = 8.0
+_LETTER = 8.0
 _LEAST = 1e-12  # a weight of 0 (a probability can be as small) has no place on a logarithmic axis
 
 
@@ -39,6 +41,7 @@ class Row:
     name: str
     statistics: GroupStatistics
     weights: Range | None
+    clipped: tuple[float, float] | None  # shares of the log-ratios past the lower and the upper clip
     whole: bool = False  # the corpus among its sources
 
 
@@ -53,45 +56,70 @@ class Comparison:
     has_log_ratios: bool
 
 
-def compare_sources(corpus: GroupStatistics, sources: Sequence[GroupStatistics]) -> Comparison:
+def compare_sources(
+    settings: WeightSettings, corpus: GroupStatistics, sources: Sequence[GroupStatistics]
+) -> Comparison:
     """The whole corpus, then its sources by tokens, the largest first, at most SHOWN_SOURCES of them."""
     largest = sorted(sources, key=lambda group: (-group.scored_tokens, group.source))
     shown, others = largest[:SHOWN_SOURCES], largest[SHOWN_SOURCES:]
     left_out = None
     if others:
         tokens = sum(group.scored_tokens for group in others)
-        left_out = (
-            f"{len(others):,} smaller sources with {percent(tokens / max(1, corpus.scored_tokens))} of the tokens are"
-            " left out; `pear-data stats --by source` has all."
-        )
-    named = [("all sources", corpus), *((group.source or "", group) for group in shown)]
-    return _compare(named, left_out, whole=corpus)
+        share = percent(tokens / max(1, corpus.scored_tokens))
+        left_out = f"{len(others):,} smaller sources with {share} of the tokens are left out"
+    groups = [corpus, *shown]
+    axis = _axis(groups)
+    rows = [
+        _row("all sources" if group is corpus else group.source or "", settings, group, axis, group is corpus)
+        for group in groups
+    ]
+    return _comparison(rows, axis, left_out)
 
 
-def compare_weightings(weightings: Sequence[tuple[str, GroupStatistics]]) -> Comparison:
+def compare_weightings(weightings: Sequence[WeightingStatistics]) -> Comparison:
     """The corpus under several weightings."""
-    return _compare(weightings, None, whole=None)
+    axis = _axis([one.corpus for one in weightings])
+    rows = [_row(one.weights, one.settings, one.corpus, axis) for one in weightings]
+    return _comparison(rows, axis, None)
 
 
-def _compare(
-    named: Sequence[tuple[str, GroupStatistics]], left_out: str | None, whole: GroupStatistics | None
-) -> Comparison:
+def clipped(settings: WeightSettings, group: GroupStatistics) -> tuple[float, float] | None:
+    """Shares of the log-ratios past the clips; None where there are none, or no notice is taken of them."""
+    low, high = group.log_ratio_clipped_low, group.log_ratio_clipped_high
+    return None if low is None or high is None or settings.level in BASELINES else (low, high)
+
+
+def _axis(groups: Sequence[GroupStatistics]) -> tuple[float, float]:
+    """Ends of the axis of log-weights."""
     ends = [
         math.log(max(value, _LEAST))
-        for _, group in named
+        for group in groups
         for value in (group.weight_p5, group.weight_mean, group.weight_p95)
         if value is not None
     ]
     start, end = min(ends, default=0.0), max(ends, default=0.0)
     # Room for what lies beyond the 5 % and 95 % that the axis is made for.
     margin = max(0.1 * (end - start), 0.05)
-    axis = (start - margin, end + margin)
+    return start - margin, end + margin
+
+
+def _row(
+    name: str,
+    settings: WeightSettings,
+    group: GroupStatistics,
+    axis: tuple[float, float],
+    whole: bool = False,
+) -> Row:
+    return Row(name, group, _range(group, axis), clipped(settings, group), whole)
+
+
+def _comparison(rows: list[Row], axis: tuple[float, float], left_out: str | None) -> Comparison:
     return Comparison(
-        rows=[Row(name, group, _range(group, axis), group is whole) for name, group in named],
+        rows=rows,
         ticks=_spaced([Mark(_place(tick, axis), f"{tick:g}") for tick in weight_ticks(*axis)]),
         one=_place(1.0, axis) if axis[0] <= 0 <= axis[1] else None,
         left_out=left_out,
-        has_log_ratios=any(group.log_ratio_clipped_low is not None for _, group in named),
+        has_log_ratios=any(row.statistics.ppl_ratio is not None for row in rows),
     )
 
 
@@ -123,6 +151,6 @@ def _spaced(ticks: list[Mark]) -> list[Mark]:
     """As many of the ticks as have room for their labels."""
     kept: list[Mark] = []
     for tick in ticks:
-        if not kept or tick.at - kept[-1].at >= 7.0 * max(len(tick.label), len(kept[-1].label), 3):
+        if not kept or tick.at - kept[-1].at >= _LETTER * max(len(tick.label), len(kept[-1].label), 4):
             kept.append(tick)
     return kept

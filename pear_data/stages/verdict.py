@@ -70,7 +70,10 @@ def advice(found: Sequence[WeightingStatistics], taken: Sequence[str]) -> list[A
 
 def _step(remedy: Remedy, to_copy: str | None) -> Step:
     """A remedy; words that its command says too are left out."""
-    text = remedy.text.removeprefix(" ".join(remedy.options)).strip() if to_copy else remedy.text
+    text = remedy.text
+    if to_copy:
+        text = text.removeprefix(" ".join(remedy.options)).strip()
+        text = text.removeprefix("(").removesuffix(")")
     return Step(text, to_copy, remedy.file)
 
 

@@ -232,11 +232,11 @@ def test_many_sources_are_cut_to_the_largest_and_that_is_said(make_store):
         for n in range(200)
     ]  # fmt: skip
     whole = groups[0].model_copy(update={"source": None, "scored_tokens": sum(range(200))})
-    compared = compare_sources(whole, groups)
+    compared = compare_sources(WeightSettings(), whole, groups)
     assert [row.name for row in compared.rows] == ["all sources", *(f"s{n:03}" for n in range(199, 179, -1))]
     share = 100 * sum(range(180)) / sum(range(200))
     assert compared.left_out.startswith(f"180 smaller sources with {share:.3g} % of the tokens are left out")
-    assert compare_sources(whole, groups[:1]).left_out is None
+    assert compare_sources(WeightSettings(), whole, groups[:1]).left_out is None
 
 
 def test_nothing_weighted_is_still_a_page(make_store, samples):
