@@ -17,7 +17,7 @@ from pear_data.stages.alignment import outdated_inputs
 from pear_data.stages.verify_sums import corpus_summary_faults, totals_faults, weight_summary_faults
 from pear_data.store import Store
 from pear_data.store.columns import flat_values, list_lengths
-from pear_data.store.manifest import CORPUS, FileEntry, Shard
+from pear_data.store.manifest import CORPUS, Shard
 
 _SCHEMAS = {"corpus": CORPUS_SCHEMA, "scores": SCORES, "weights": WEIGHTS}
 _VALUES = {"scores": "logprobs", "weights": "weights"}
@@ -94,25 +94,21 @@ def _same_rows(store: Store, shard: Shard, corpus_shard: Shard) -> bool:
     return all(one is not None and other is not None and one.equals(other) for one, other in groups)
 
 
-def _beside_faults(store: Store, key: str, shard: Shard, faulty: set[str]) -> Iterator[str]:
-    """Faults of the files beside a part: its summary and its totals."""
-    summary, totals = (_unless_faulty(entry, faulty) for entry in (shard.summary, shard.totals))
+def _beside_faults(store: Store, key: str, shard: Shard, unusable: set[str]) -> Iterator[str]:
+    """Faults of the files beside a part: its summary, which joins the `unusable` if it has any, and its totals."""
+    summary = shard.summary
+    if summary and summary.path not in unusable:
+        check = corpus_summary_faults if key == CORPUS else weight_summary_faults
+        faults = list(check(store, shard, summary))
+        unusable.update(summary.path for _ in faults)
+        yield from (f"{store.path / summary.path}: {fault}" for fault in faults)
     corpus = store.stage(CORPUS).shard(shard.name)
-    if summary and key == CORPUS:
-        yield from _named(store, summary, corpus_summary_faults(store, shard, summary))
-    elif summary:
-        yield from _named(store, summary, weight_summary_faults(store, shard, summary))
-        of_corpus = corpus and _unless_faulty(corpus.summary or corpus.file, faulty)
-        if totals and of_corpus and CORPUS not in outdated_inputs(store, shard):
-            yield from _named(store, totals, totals_faults(store, of_corpus, summary, totals))
-
-
-def _unless_faulty(entry: FileEntry | None, faulty: set[str]) -> FileEntry | None:
-    return None if entry is None or entry.path in faulty else entry
-
-
-def _named(store: Store, entry: FileEntry, faults: Iterator[str]) -> Iterator[str]:
-    return (f"{store.path / entry.path}: {fault}" for fault in faults)
+    if not (summary and shard.totals and corpus) or CORPUS in outdated_inputs(store, shard):
+        return
+    sources = corpus.summary or corpus.file
+    if unusable.isdisjoint(file.path for file in (summary, shard.totals, sources)):
+        faults = list(totals_faults(store, sources, summary, shard.totals))
+        yield from (f"{store.path / shard.totals.path}: {fault}" for fault in faults)
 
 
 def _row_faults(kind: str, table: pa.Table) -> Iterator[str]:
