@@ -15,6 +15,9 @@ from pear_data.binning import BINS, RELATIVE_ERROR, bins_of, middles_of
 
 __all__ = ["RELATIVE_ERROR", "Histogram"]
 
+# Parts that may wait to be added up: it costs about as much for one as for many.
+WAITING = 32
+
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.signedinteger[Any]]
 
@@ -23,8 +26,8 @@ class Histogram:
     """A growing sample of float32 values; memory is bounded by the number of bins in use, not of values."""
 
     def __init__(self) -> None:
-        self._bins: Integers = np.empty(0, dtype=np.int64)
-        self.counts: Integers = np.empty(0, dtype=np.int64)
+        # Bins, ascending, and counts: of everything, or of several parts that wait to be added up together.
+        self._parts: list[tuple[Integers, Integers]] = []
         self._minimum = np.inf
         self._maximum = -np.inf
 
@@ -38,7 +41,7 @@ class Histogram:
 
     def update(self, other: Histogram) -> None:
         """Count everything `other` has counted."""
-        self.merge(other._bins, other.counts, other._minimum, other._maximum)
+        self.merge(*other._added_up(), other._minimum, other._maximum)
 
     def merge(
         self, bins: Integers, counts: Integers, minimum: float = np.inf, maximum: float = -np.inf
@@ -53,10 +56,15 @@ class Histogram:
         """
         if not len(bins):
             return
-        if len(self._bins):
-            bins, counts = _merged(self._bins, self.counts, bins, counts)
-        self._bins, self.counts = bins.astype(np.int64, copy=False), counts.astype(np.int64, copy=False)
+        self._parts.append((bins, counts))
+        if len(self._parts) > WAITING:
+            self._added_up()
         self._minimum, self._maximum = min(self._minimum, minimum), max(self._maximum, maximum)
+
+    @property
+    def counts(self) -> Integers:
+        """Values in each used bin, by ascending bin."""
+        return self._added_up()[1]
 
     @property
     def total(self) -> int:
@@ -66,17 +74,17 @@ class Histogram:
     @property
     def minimum(self) -> float:
         """Least value, within RELATIVE_ERROR where it was never told; inf where there are no values."""
-        return self._minimum if self._is_bounded or not len(self._bins) else float(self.means[0])
+        return self._minimum if self._is_bounded or not self._parts else float(self.means[0])
 
     @property
     def maximum(self) -> float:
         """Greatest value, as `minimum`; -inf where there are no values."""
-        return self._maximum if self._is_bounded or not len(self._bins) else float(self.means[-1])
+        return self._maximum if self._is_bounded or not self._parts else float(self.means[-1])
 
     @property
     def means(self) -> Floats:
         """Middle of each used bin, ascending, beside `counts`; none lies beyond the least and the greatest value."""
-        middles = middles_of(self._bins)
+        middles = middles_of(self._added_up()[0])
         return np.clip(middles, self._minimum, self._maximum) if self._is_bounded else middles
 
     @property
@@ -97,6 +105,13 @@ class Histogram:
         """
         return top_share(self.means, self.counts, share)
 
+    def _added_up(self) -> tuple[Integers, Integers]:
+        if not self._parts:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        if len(self._parts) > 1:
+            self._parts = [_sum(self._parts)]
+        return self._parts[0]
+
 
 def top_share(values: Floats, counts: Integers, share: float) -> float:
     """The same of `values` [n], ascending, each met as often as `counts` [n] says."""
@@ -107,12 +122,13 @@ def top_share(values: Floats, counts: Integers, share: float) -> float:
     return float((taken * values).sum()) / whole if whole else 0.0
 
 
-def _merged(bins: Integers, counts: Integers, others: Integers, added: Integers) -> tuple[Integers, Integers]:
-    """The union of two ascending lists of bins and the sums of their counts."""
+def _sum(parts: list[tuple[Integers, Integers]]) -> tuple[Integers, Integers]:
+    """The union of several ascending lists of bins and the sums of their counts."""
+    first = min(int(bins[0]) for bins, _ in parts)
+    last = max(int(bins[-1]) for bins, _ in parts)
     # The bins of real values lie close together, so that counting in place beats sorting.
-    first = min(int(bins[0]), int(others[0]))
-    dense = np.zeros(max(int(bins[-1]), int(others[-1])) + 1 - first, dtype=np.int64)
-    dense[bins - first] = counts
-    dense[others - first] += added
+    dense = np.zeros(last + 1 - first, dtype=np.int64)
+    for bins, counts in parts:
+        dense[bins - first] += counts
     used = np.flatnonzero(dense)
     return used + first, dense[used]
