@@ -157,6 +157,11 @@ def test_every_number_against_numpy(make_store, samples, level):
         values = group.model_dump()
         for name, value in exact.items():
             assert values[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        for name in ("min", "max"):  # float32
+            expected = getattr(np, name)(
+                [getattr(s.initial.astype(float) - s.behavior, name)() for s in mine]
+            )
+            assert values[f"log_ratio_{name}"] == pytest.approx(expected, rel=1e-6)
         for name, value in quantiles.items():
             assert values[name] == pytest.approx(value, rel=RELATIVE_ERROR), name
         for name, value in estimated.items():
@@ -167,7 +172,7 @@ def test_every_number_against_numpy(make_store, samples, level):
         for tenth, expected in zip(values["by_decile"], by_decile, strict=True):
             assert tenth == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert group.statuses == {"ok": len(mine)}
-        others = {"source", "statuses", "negatives", "by_decile"}
+        others = {"source", "statuses", "negatives", "by_decile", "log_ratio_min", "log_ratio_max"}
         assert exact.keys() | quantiles.keys() | estimated.keys() | others == values.keys()
 
 
