@@ -75,8 +75,6 @@ def reference(samples, weights, settings):
             "log_weight_clipped_high": np.mean(log_w >= high - 1e-6),
             "saturated": np.mean((log_w <= low + 1e-6) | (log_w >= high - 1e-6)),
             "weight_by_decile": [w[tenth == part].mean() for part in range(10)],
-            "log_ratio_min": d.min(),
-            "log_ratio_max": d.max(),
             "log_ratio_mean": d.mean(),
             "log_ratio_clipped_low": np.mean(d < settings.clip_log_ratio[0]),
             "log_ratio_clipped_high": np.mean(d > settings.clip_log_ratio[1]),
