@@ -9,7 +9,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from pear_data.config import WeightSettings
+from pear_data.config import BASELINES, WeightSettings
 from pear_data.errors import MismatchError, UsageError
 from pear_data.stages.alignment import outdated
 from pear_data.stages.clip_marks import HIGH, KEPT, LOW, clip_marks, corpus_mean
@@ -104,8 +104,10 @@ def _current(store: Store, first: str) -> tuple[list[str], list[str]]:
 
 
 def _caption(settings: WeightSettings, stale: list[str]) -> str:
-    low, high = _MARKS[LOW], _MARKS[HIGH]
-    text = f"log-ratio: {settings.target} minus {settings.behavior}; {low} below the lower clip, {high} above the upper"
+    low, high = _MARKS[LOW].strip(), _MARKS[HIGH].strip()
+    text = f"log-ratio: {settings.target} minus {settings.behavior}"
+    if settings.level not in BASELINES:
+        text += f"; {low} below the lower clip, {high} above the upper"
     if settings.center != "none":
         text += f", once the mean of the {settings.center} is subtracted"
     if stale:

@@ -69,7 +69,7 @@ def browser(chromium, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def page_path(tmp_path_factory):
-    """A report over hostile text: three weightings, 25 sources, policies so far apart that much looks wrong."""
+    """A report over hostile text: three weightings and 25 sources, some of which look wrong."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "corpus.jsonl").write_text("".join(_rows()), encoding="utf-8")
     store = ["--store", str(folder / "store")]
@@ -94,6 +94,8 @@ def _rows():
         prompt = tokenizer.encode(f"{hostile} or\x00 not?\n")
         response = tokenizer.encode(f"{words}\n{hostile}\n{words}")
         behavior = [-chance.expovariate(20) for _ in response]
+        # The policies are far apart in the sources with hostile names, so that findings and remedies name these.
+        apart = 3 if number % 25 < len(HOSTILE) else 60
         yield (
             json.dumps(
                 {
@@ -102,7 +104,7 @@ def _rows():
                     "input_ids": [*prompt, *response],
                     "loss_mask": [*[0] * len(prompt), *[1] * len(response)],
                     "logprobs_behavior": behavior,
-                    "logprobs_initial": [value - chance.expovariate(3) for value in behavior],
+                    "logprobs_initial": [value - chance.expovariate(apart) for value in behavior],
                 }
             )
             + "\n"
