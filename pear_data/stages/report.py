@@ -8,12 +8,14 @@ but those of the samples shown.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 from pear_data import __version__
 from pear_data.config import ReportSettings
@@ -168,12 +170,18 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "name": lambda text: shortened(one_line(text), NAME_CHARACTERS),
-        "sentence": lambda text: shortened(one_line(text), TEXT_CHARACTERS),
+        "sentence": _sentence,
         "percent": functools.partial(_formatted, "{:.3g} %", 100),
         "number": functools.partial(_formatted, "{:.3g}", 1),
         "whole": functools.partial(_formatted, "{:,.0f}", 1),
     }
     return environment
+
+
+def _sentence(text: str) -> Markup:
+    """A sentence, what stands between backticks as code."""
+    safe = escape(shortened(one_line(text), TEXT_CHARACTERS))
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", safe))
 
 
 def _formatted(form: str, factor: float, value: float | None) -> str:

@@ -74,6 +74,8 @@ def _step(remedy: Remedy, to_copy: str | None) -> Step:
     if to_copy:
         text = text.removeprefix(" ".join(remedy.options)).strip()
         text = text.removeprefix("(").removesuffix(")")
+    if remedy.file:
+        text = text.replace("FILE", SOURCES_FILE)
     return Step(text, to_copy, remedy.file)
 
 
