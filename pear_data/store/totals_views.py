@@ -16,10 +16,8 @@ BY_DECILE = [
     if pa.types.is_list(field.type) and not field.name.endswith(("_bins", "_counts"))
 ]
 
-# `pear_data.binning.middles_of` in arithmetic: a bin is the first 16 bits of a float32, in ascending order. A negative
-# number's bits are those of its complement, so its last 16 are ones.
-_MIDDLE = """CASE WHEN bin >= 32768 THEN {positive} ELSE -({negative}) END"""
-_VALUE = "CASE WHEN {bits} < 128 THEN {mantissa} * 2.0 ** -126 ELSE (1 + {mantissa}) * 2.0 ** (({bits} >> 7) - 127) END"
+# A float32 from its exponent and mantissa (the last 7 bits of the first 16, or all 23 of them), its sign aside.
+_FLOAT = "CASE WHEN {bits} < 128 THEN {mantissa} * 2.0 ** -126 ELSE (1 + {mantissa}) * 2.0 ** (({bits} >> 7) - 127) END"
 
 
 def histograms_view(manifest: Manifest) -> str:
@@ -34,7 +32,7 @@ def histograms_view(manifest: Manifest) -> str:
     if not parts:
         kinds = {"name": pa.string(), "source": pa.string(), "quantity": pa.string()}
         return no_rows(pa.schema({**kinds, "value": pa.float64(), "count": pa.int64()}))
-    columns = ["name", "source", "quantity", f"{_middle()} AS value", "sum(count)::BIGINT AS count"]
+    columns = ["name", "source", "quantity", f"{middle('bin')} AS value", "sum(count)::BIGINT AS count"]
     return select(columns, f"{from_query(_stacked(parts), 'b')}\nGROUP BY name, source, quantity, bin")
 
 
@@ -66,9 +64,13 @@ def _sum(name: str) -> str:
     return f"{known} AS {name}"
 
 
-def _middle() -> str:
-    positive = _VALUE.format(bits="(bin - 32768)", mantissa="((bin - 32768) & 127) / 128")
-    negative = _VALUE.format(
-        bits="(32767 - bin)", mantissa="(((32767 - bin) & 127) * 65536 + 65535) / 8388608"
-    )
-    return _MIDDLE.format(positive=positive, negative=negative)
+def middle(bin_column: str) -> str:
+    """The middle of a bin in SQL: `pear_data.binning.middles_of` in arithmetic.
+
+    A bin is the first 16 bits of a float32, numbered in ascending order; a negative number's are complemented, and its
+    last 16 bits are ones.
+    """
+    positive, negative = f"({bin_column} - 32768)", f"(32767 - {bin_column})"
+    above = _FLOAT.format(bits=positive, mantissa=f"({positive} & 127) / 128")
+    below = _FLOAT.format(bits=negative, mantissa=f"(({negative} & 127) * 65536 + 65535) / 8388608")
+    return f"CASE WHEN {bin_column} >= 32768 THEN {above} ELSE -({below}) END"

@@ -89,7 +89,7 @@ class Views:
             try:
                 return self._connection.sql(query.text, params=parameters)
             except (duckdb.BinderException, duckdb.CatalogException):
-                # An unknown column: the message is to name the columns there are.
+                # There is no such column, or it was named in a way that `check` does not know: whole views tell.
                 pass
         self._narrow(None)
         return self._connection.sql(query.text, params=parameters)

@@ -17,6 +17,7 @@ from pear_data.errors import PearError, UsageError
 from pear_data.stages import sql
 from pear_data.stages.sql import write_query
 from pear_data.store import open_store
+from pear_data.store.manifest import fingerprint
 
 
 @pytest.fixture
@@ -94,6 +95,17 @@ def test_a_stage_of_other_log_probs_is_noted(store):
     _, note = written(store, "select 1 as a", "jsonl")
     assert "scores/initial" in note
     assert "was not made from the present corpus" in note
+
+
+def test_a_weighting_without_summaries_is_left_out_and_noted(store):
+    settings = {"level": "block"}
+    store.manifest.stages["weights/old"] = store.stage("scores/initial").model_copy(
+        update={"settings": settings, "fingerprint": fingerprint(settings)}
+    )
+    lines, note = written(store, "select count(*) as n from weights", "jsonl")
+    assert lines == b'{"n":0}\n'
+    assert note.startswith(f"weights/old in {store.path} is left out")
+    assert "--overwrite" in note
 
 
 def test_what_goes_to_a_terminal_cannot_steer_it():

@@ -14,22 +14,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pear_data.binning import BINS, bins_of, middles_of
 from pear_data.config import WeightSettings
 from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.progress import Silent
+from pear_data.schema import CORPUS_SUMMARY
 from pear_data.stages.weight import weight
 from pear_data.store import open_store, writable_store
+from pear_data.store.shards import summary_path, summary_shard
+from pear_data.store.totals_views import middle
 from pear_data.store.views import connect
 
 
 @pytest.fixture
 def folder(make_store, samples):
     samples[2].initial_status = "nonfinite"
+    samples[3].label = -1
     folder = make_store(samples)
+    summarise_corpus(folder)
     with writable_store(folder) as store:
         weight(store, WeightSettings(level="token"), Silent())
         weight(store, WeightSettings(level="block", block_size=2), Silent())
     return folder
+
+
+def summarise_corpus(folder, shards=slice(None)):
+    with writable_store(folder) as store:
+        for shard in store.stage("corpus").shards[shards]:
+            path = summary_path(store.path, "corpus", shard.name)
+            with summary_shard(path, CORPUS_SUMMARY) as writer:
+                for table in store.row_groups(shard, CORPUS_SUMMARY.names):
+                    writer.add(table)
+            shard.summary = store.entry_of(path)
+        store.save()
 
 
 @pytest.fixture
@@ -62,6 +79,12 @@ def test_stage_views_hold_every_row_and_say_which_stage(views, folder):
     ]
 
 
+SUMMARY = (
+    *("log_ratio_sum", "weight_mean", "weight_min", "weight_max", "ess", "clipped_low", "clipped_high"),
+    *("saturated_low", "saturated_high", "weight_sum", "weight_square_sum"),
+)
+
+
 def test_samples_join_every_stage_by_id(views, folder, samples):
     found = {row["sample_id"]: row for row in views.table("from samples").to_pylist()}
     assert len(found) == len(samples)
@@ -72,10 +95,26 @@ def test_samples_join_every_stage_by_id(views, folder, samples):
         assert row["status_initial"] == sample.initial_status
         mean = np.mean(sample.behavior, dtype=np.float64)
         assert row["perplexity_behavior"] == pytest.approx(np.exp(-mean), rel=1e-12)
-        for name in ("weight_mean", "weight_min", "weight_max", "ess", "clipped_low", "log_ratio_sum"):
-            assert row[name] == row[f"{name}_block"] == stored[sample.sample_id][name]
+        assert row["weight_status"] == row["weight_status_block"]
+        for name in SUMMARY:
+            assert row[name] == row[f"{name}_block"]
+        weights = stored[sample.sample_id]["weights"]
+        if weights is None:
+            assert {row[name] for name in SUMMARY} == {None}
+            continue
+        weights = np.array(weights, dtype=np.float64)
+        log_ratio = sample.initial.astype(np.float64) - sample.behavior
+        assert row["log_ratio_sum"] == pytest.approx(log_ratio.sum(), rel=1e-12)
+        assert row["weight_mean"] == pytest.approx(weights.mean(), rel=1e-6)
+        assert (row["weight_min"], row["weight_max"]) == (weights.min(), weights.max())
+        ess = weights.sum() ** 2 / (weights**2).sum() if weights.any() else 0.0
+        assert row["ess"] == pytest.approx(ess, rel=1e-6)
+        assert row["clipped_low"] == (log_ratio < -0.08).sum()
+        assert row["clipped_high"] == (log_ratio > 0.3).sum()
+        assert row["weight_sum"] ** 2 == pytest.approx(ess * row["weight_square_sum"], rel=1e-6)
     assert found["s2"]["logprob_sum_initial"] is None
     assert found["s2"]["weight_status"] == "unscored"
+    assert (found["s3"]["weight_status"], found["s3"]["ess"], found["s3"]["weight_mean"]) == ("dropped", 0, 0)
     assert found["s0"]["weight_mean_token"] != found["s0"]["weight_mean_block"]
 
 
@@ -100,6 +139,91 @@ def test_tokens_are_the_scored_tokens_in_order(views, folder, samples):
             assert [row["weight"] for row in mine] == [row["weight_block"] for row in mine]
         else:
             assert {row["weight"] for row in mine} == {row["log_ratio"] for row in mine} == {None}
+
+
+def test_weights_have_their_summary(views, folder):
+    store = open_store(folder)
+    found = views.table("from weights where name = 'token' order by sample_id")
+    stored = store.weights["token"].to_table().sort_by("sample_id")
+    for name in ("sample_id", "num_scored", "status"):
+        assert found[name].to_pylist() == stored[name].to_pylist()
+    assert found["weights"].to_pylist() == stored["weights"].to_pylist()
+    samples = views.table(
+        f"select {', '.join(f'{name}_token as {name}' for name in SUMMARY)} from samples order by sample_id"
+    )
+    assert found.select(SUMMARY).equals(samples)
+
+
+def counted(values):
+    bins, counts = np.unique(bins_of(np.asarray(values, dtype=np.float32)), return_counts=True)
+    return dict(zip(middles_of(bins).tolist(), counts.tolist(), strict=True))
+
+
+def test_histograms_count_every_token_and_sample(views):
+    tokens = (
+        "select {0} from tokens join samples using (sample_id, source) where label > 0 and {0} is not null"
+    )
+    for source in ("even", "odd"):
+        for name in ("block", "token"):
+            expected = {
+                "log_ratio": tokens.format("log_ratio"),
+                "weight": tokens.format(f"weight_{name}"),
+                "sample_weight": f"select weight_sum_{name} from samples where label > 0 and ess_{name} is not null",
+            }
+            for quantity, query in expected.items():
+                found = views.rows(
+                    "select value, count from histograms where name = ? and source = ? and quantity = ?",
+                    [name, source, quantity],
+                )
+                values = views.rows(f"{query} and source = '{source}'")
+                assert dict(found) == counted([value for (value,) in values])
+                assert len(found) == len(dict(found))
+    kinds = columns(views, "histograms")
+    assert kinds == {
+        **dict.fromkeys(("name", "source", "quantity"), "VARCHAR"),
+        "value": "DOUBLE",
+        "count": "BIGINT",
+    }
+
+
+def test_a_bin_is_shown_by_its_middle():
+    finite = np.arange(0x80, BINS - 0x80)  # the rest would hold infinity and what is no number
+    with duckdb.connect() as plain:
+        shown = plain.execute(f"select {middle('range')} from range(128, {BINS - 128})").fetchnumpy()
+    np.testing.assert_array_equal(next(iter(shown.values())), middles_of(finite))
+
+
+def test_deciles_add_up_tokens_by_where_they_are(views):
+    query = """select source, (t - 1) * 10 // num_scored + 1 as decile, count(*), sum(weight_block),
+        sum(weight_block::double ** 2), sum(logprob_initial::double), sum(logprob_behavior::double),
+        count(*) filter (log_ratio < -0.08), count(*) filter (log_ratio > 0.3)
+        from tokens join samples using (sample_id, source) where label > 0 and log_ratio is not null
+        group by all order by all"""
+    found = views.rows(
+        """select source, decile, tokens, weight_sum, weight_square_sum, target_logprob_sum, behavior_logprob_sum,
+        clipped_low, clipped_high from deciles where name = 'block' and tokens > 0 order by all"""
+    )
+    expected = views.rows(query)
+    assert [row[0] for row in found] == [row[0] for row in expected]
+    np.testing.assert_allclose([row[1:] for row in found], [row[1:] for row in expected], rtol=1e-6)
+    assert scalar(views, "select count(*) from deciles where name = 'block'") == 20
+
+
+def test_sums_no_one_knows_are_null(folder):
+    with writable_store(folder) as store:
+        del store.manifest.stages["scores/behavior"]
+        for name in ("block", "token"):
+            del store.manifest.stages[f"weights/{name}"]
+        weight(store, WeightSettings(level="uniform"), Silent())
+    with connect(open_store(folder)) as views:
+        assert views.rows(
+            "select count(behavior_logprob_sum), count(log_ratio_square_sum), count(target_logprob_sum) from deciles"
+        ) == [(0, 0, 20)]
+        assert views.rows("select distinct quantity from histograms order by 1") == [
+            ("sample_weight",),
+            ("weight",),
+        ]
+        assert views.rows("select count(log_ratio_sum), count(ess) from samples") == [(0, 19)]
 
 
 def test_the_readme_query(views, folder):
@@ -132,6 +256,94 @@ def test_every_view_exists_whatever_stages_do(folder, stages):
         assert scalar(views, "select count(*) from samples") == (20 if stages else 0)
         assert bool(scalar(views, "select count(*) from tokens")) == bool(stages)
         assert scalar(views, "select count(log_ratio) from tokens") == 0
+
+
+SEEN = [
+    "select source, count(*), max(ess), min(weight_min_token) from samples group by source",
+    "select s.source from samples s where s.ESS > 1 and s.perplexity_initial < 9",
+    "select count(*) from samples",
+    "select count(*) from tokens",
+    "select max(log_ratio) from tokens where token = ' t3'",
+    'select "weight", position from tokens qualify row_number() over (partition by source order by t, sample_id) = 1',
+    "select name, max(weight_max) from weights group by all",
+    "with a as (select sample_id, ess from samples) select a.ess, t.weight from a join tokens t using (sample_id)",
+    "select samples.num_tokens from samples, corpus where samples.sample_id = corpus.sample_id and corpus.label = 1",
+    "select (select max(weight_token) from tokens t where t.sample_id = s.sample_id) from samples s",
+    "select max(weight_status) from samples union by name select max(token) from tokens",
+    "select count(distinct label) filter (num_scored > 3) over (order by weight_mean_token) from samples",
+    "explain analyze select count(clipped_high) from samples",
+]
+UNSEEN = [
+    "from samples",
+    "select * from samples",
+    "select s.* exclude (ess) from samples s join tokens using (sample_id)",
+    "select columns('weight_.*') from samples",
+    "select samples from samples",
+    # The column has the name of a table, whose name in a column's place is a row.
+    "select name, max(list_max(weights)), max(ess) from weights group by name",
+    "select to_json(s) from samples as s",
+    "select #5 from samples",
+    "select a, c from samples as s(a, b, c)",
+    "select sample_id from samples natural join tokens",
+    "select label from (from samples)",
+    "select count(*) from (select sample_id, source from samples group by all) join (from tokens) using (source)",
+    "describe samples",
+    "summarize select sample_id, source from samples",
+    "from samples pivot (avg(num_scored) for source in ('even', 'odd'))",
+    "from (unpivot samples on ess, weight_mean into name n value v)",
+    "select column_name from information_schema.columns where table_name = 'samples'",
+    "select num_scored from main.samples",
+    "select exists (select * from samples where ess > 0)",
+]
+
+
+@pytest.mark.parametrize(("queries", "named"), [(SEEN, True), (UNSEEN, False)])
+def test_columns_no_query_sees_are_left_out_and_missed_by_none(folder, queries, named, monkeypatch):
+    store = open_store(folder)
+    with connect(store) as views, connect(store) as whole_views:
+        monkeypatch.setattr(whole_views, "_narrow", lambda seen: None)
+        for query in queries:
+            assert (views._checked(query).columns is not None) == named, query
+            narrow, whole = views.table(query), whole_views.table(query)
+            assert narrow.schema == whole.schema, query
+            if "explain" not in query:
+                rows, expected = (sorted(map(str, table.to_pylist())) for table in (narrow, whole))
+                assert rows == expected, query
+
+
+def test_questions_about_samples_open_no_tokens(folder):
+    with connect(open_store(folder)) as views:
+        for part in [*folder.glob("corpus/*"), *folder.glob("weights/*/*")]:
+            part.unlink()
+        ((total, least, token),) = views.rows(
+            "select sum(num_scored), min(ess), max(weight_mean_token) from samples where label = 1"
+        )
+        assert total > 0 < least < token + total
+        assert len(views.rows("select name, sum(ess) from weights group by name")) == 2
+        assert scalar(views, "select sum(count) from histograms") > 0
+        assert scalar(views, "select sum(tokens) from deciles") > 0
+        assert scalar(views, "select count(*) from tokens where source = 'even'") > 0
+        with pytest.raises(PearError, match=r"weights/token/part-0000\d.parquet"):
+            views.rows("select avg(weight_token) from tokens")
+
+
+@pytest.mark.parametrize("shards", [slice(0), slice(1), slice(1, 3)])
+def test_corpora_of_an_earlier_version_are_read_from_their_parts(make_store, samples, shards):
+    folder = make_store(samples)
+    summarise_corpus(folder, shards)
+    query = "select sample_id, source, label, num_tokens, num_scored from {} order by all"
+    with connect(open_store(folder)) as views:
+        assert len(views.rows("from samples")) == 20
+        assert views.rows(query.format("samples")) == views.rows(query.format("corpus"))
+
+
+def test_weightings_of_an_earlier_version_are_left_out(folder):
+    store = open_store(folder)
+    store.manifest.stages["weights/block"].shards[1].summary = None
+    with connect(store) as views:
+        assert views.rows("select distinct name from weights") == [("token",)]
+        assert "ess_block" not in columns(views, "samples")
+        assert scalar(views, "select bool_and(weight is not distinct from weight_token) from tokens")
 
 
 def test_columns_without_a_name_are_those_of_block_or_the_first(folder):
