@@ -190,4 +190,6 @@ def parquet_options(schema: pa.Schema, *, in_runs: bool = False) -> dict[str, An
         "use_dictionary": sorted(_REPEATING.intersection(schema.names)) or False,
         "column_encoding": None if in_runs else _split(schema),
         "use_compliant_nested_type": True,
+        # The least and greatest of a million tokens of many samples rule nothing out.
+        "write_statistics": [field.name for field in schema if not pa.types.is_list(field.type)] or False,
     }

@@ -18,7 +18,6 @@ from pear_data.store import Store
 from pear_data.store.manifest import FileEntry
 
 Item = TypeVar("Item")
-READ_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def _groups(job: WeightJob, samples: pa.Table) -> Generator[Group, None, None]:
 
 
 def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER) as parquet:
+    with pq.ParquetFile(path, pre_buffer=False) as parquet:
         for group in range(parquet.num_row_groups):
             yield parquet.read_row_group(group, columns=columns, use_threads=False)
 
