@@ -34,6 +34,7 @@ TAIL = 0.001
 _LOG_RATIO_TAIL = 0.01
 # Bins of a histogram are up to this wide on a logarithmic axis; a bar that is narrower would show their comb.
 _BIN_WIDTH = 2.0**-7
+_LEAST_REACH = 0.2
 # Clips further off than this many times the log-ratios are not on their axis.
 _FAR = 10.0
 _GAP = 1.0
@@ -128,17 +129,23 @@ def weight_chart(weights: Histogram, kind_of: KindOf) -> Chart:
     """
     least = float(np.finfo(np.float32).tiny)
     start, end = np.log(np.maximum(weights.quantiles([TAIL, 1 - TAIL]), least)).tolist()
-    reach = max(abs(start), abs(end), 0.1)
+    # 1 is on the axis, and weights that hardly differ do not fill it.
+    reach = max(abs(start), abs(end), _LEAST_REACH)
     start, end = min(start, -0.1 * reach), max(end, 0.1 * reach)
+    if end - start < _LEAST_REACH:
+        start, end = -reach, reach
     margin = 0.02 * (end - start)
     start, end = start - margin, end + margin
-    edges = np.linspace(start, end, 1 + min(BARS, int((end - start) / _BIN_WIDTH)))
+    bars = min(BARS, int((end - start) / _BIN_WIDTH))
+    edges = np.linspace(start, end, bars + bars % 2)  # an odd number, so that 1 is not an edge in the middle
     shares = _shares(weights, np.exp(edges))
     scale_x = x_scale(start, end)
     low, middle, high = weights.quantiles([0.05, 0.5, 0.95])
     return Chart(
         title="Weights of the tokens",
-        summary=f"Half are at most {middle:.3g}; nine in ten lie between {low:.3g} and {high:.3g}.",
+        summary=f"All are {middle:.3g}."
+        if weights.minimum == weights.maximum
+        else f"Half are at most {middle:.3g}; nine in ten lie between {low:.3g} and {high:.3g}.",
         x_label="weight (logarithmic)",
         bars=_bars(
             edges, shares, kind_of(np.exp((edges[:-1] + edges[1:]) / 2)), lambda v: f"{np.exp(v):.3g}"

@@ -53,6 +53,7 @@ class Comparison:
     ticks: list[Mark]
     one: float | None
     left_out: str | None
+    has_clips: bool
     has_log_ratios: bool
 
 
@@ -119,6 +120,7 @@ def _comparison(rows: list[Row], axis: tuple[float, float], left_out: str | None
         ticks=_spaced([Mark(_place(tick, axis), f"{tick:g}") for tick in weight_ticks(*axis)]),
         one=_place(1.0, axis) if axis[0] <= 0 <= axis[1] else None,
         left_out=left_out,
+        has_clips=any(row.clipped is not None for row in rows),
         has_log_ratios=any(row.statistics.ppl_ratio is not None for row in rows),
     )
 

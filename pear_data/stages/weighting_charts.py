@@ -50,7 +50,7 @@ def _clips(settings: WeightSettings, corpus_mean: float | None) -> tuple[float, 
 
 def _clipped(corpus: GroupStatistics, settings: WeightSettings) -> str:
     if settings.level in BASELINES:
-        return f"{settings.level} weights take no notice of them."
+        return f"They do not enter {settings.level} weights."
     text = (
         f"{percent(corpus.log_ratio_clipped_low)} were below the lower clip,"
         f" {percent(corpus.log_ratio_clipped_high)} above the upper one."
