@@ -35,6 +35,7 @@ TERMINAL_COLOURS = (
     ("#ffffff", "#b85307"),
 )
 PROMPT = Style(dim=True)
+_TOKEN = 2  # column of the table
 _MARKS = {LOW: " ↓", KEPT: "  ", HIGH: " ↑"}
 
 
@@ -161,8 +162,8 @@ def _table(
     scale: WeightScale,
 ) -> Table:
     table = Table(header_style="bold")
-    for heading in ("t", "position", "token", "log-ratio", *weightings):
-        table.add_column(heading, justify="left" if heading == "token" else "right")
+    for column, heading in enumerate(("t", "position", "token", "log-ratio", *weightings)):
+        table.add_column(heading, justify="left" if column == _TOKEN else "right")
     positions = np.flatnonzero(sample.loss_mask).tolist()
     columns = [_weight_cells(weights, scale, len(positions)) for weights in weightings.values()]
     for t, (position, *weights) in enumerate(zip(positions, *columns, strict=True)):
