@@ -56,9 +56,9 @@ def chromium():
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(chromium, tmp_path_factory):
-    """A browser with a profile of its own."""
+    """A browser with a profile of its own; gone with the module, since its event loop is in others' way."""
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             tmp_path_factory.mktemp("profile"), executable_path=chromium, args=ARGUMENTS, headless=True
