@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -11,11 +10,11 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from pear_data.errors import PearError
+from pear_data.runners.base import EngineLostError
 from pear_data.store.manifest import MANIFEST_NAME
 
 Job = TypeVar("Job")
@@ -97,21 +96,26 @@ def _on_ray(
     with ray_cluster(address, gpus=0) as resources:
         import ray
 
-        task = ray.remote(partial(_answer, work, root.absolute())).options(
+        task = ray.remote(_answer).options(
             **resources, scheduling_strategy="SPREAD", max_retries=RAY_RETRIES
         )
         waiting = list(reversed(jobs))
         running: list[ray.ObjectRef] = []
-        with contextlib.ExitStack() as stack, cluster_errors():
-            stack.callback(lambda: [ray.cancel(reference, force=True) for reference in running])
+        try:
             while waiting or running:
                 while waiting and len(running) < workers:
-                    running.append(task.remote(waiting.pop()))
+                    running.append(task.remote(work, root.absolute(), waiting.pop()))
                 finished, running = ray.wait(running)
-                answer = ray.get(finished[0])
+                with cluster_errors():
+                    answer = ray.get(finished[0])
                 if isinstance(answer, PearError):
                     raise answer
                 yield answer
+        except EngineLostError as error:
+            raise PearError(f"{error}: run the same command again; finished shards are kept") from None
+        finally:
+            for reference in running:
+                ray.cancel(reference, force=True)
 
 
 def _answer(work: Callable[[Job], Result], root: Path, job: Job) -> Result | PearError:

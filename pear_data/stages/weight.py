@@ -151,7 +151,7 @@ def _approximate(settings: WeightSettings, spanned: list[str]) -> str:
 
 def _job(store: Store, shard: AlignedShard, settings: WeightSettings) -> WeightJob:
     return WeightJob(
-        root=store.path,
+        root=store.path.absolute(),
         name=shard.name,
         target_policy=settings.target,
         behavior_policy=settings.behavior,

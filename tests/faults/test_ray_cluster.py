@@ -15,14 +15,16 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pear_data import open_store
-from pear_data.config import IngestSettings, ScoreSettings
+from pear_data.config import IngestSettings, ScoreSettings, WeightSettings
 from pear_data.demo import asset
 from pear_data.errors import PearError
 from pear_data.progress import Silent
 from pear_data.runners import ray_host
+from pear_data.runners.shard_workers import run_shards
 from pear_data.stages.ingest import ingest
 from pear_data.stages.score import score_policy
 from pear_data.stages.verify import verify
+from pear_data.stages.weight import weight
 from pear_data.store import writable_store
 
 NODE = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
@@ -137,3 +139,27 @@ def test_a_lost_worker_and_a_lost_node_cost_no_sample_and_change_no_number(clust
     assert distributed.equals(local)
     stages = opened.manifest.stages
     assert stages["scores/ray"].settings == stages["scores/local"].settings
+
+
+def test_shards_are_weighted_on_all_nodes(cluster, store, tmp_path):
+    score_policy(store, settings("initial"), Silent())
+    teacher = ScoreSettings(policy="behavior", model=str(asset("behavior")), engine="transformers")
+    score_policy(store, teacher, Silent())
+    options = {"level": "block", "center": "corpus", "normalize": "corpus"}
+    weight(store, WeightSettings(name="here", **options), Silent())
+    weight(
+        store, WeightSettings(name="there", runner="ray", ray_address=cluster.address, **options), Silent()
+    )
+    here, there = (
+        [
+            (store.path / file.path).read_bytes()
+            for shard in store.stage(f"weights/{name}").shards
+            for file in shard.files
+        ]
+        for name in ("here", "there")
+    )
+    assert len(here) > 9
+    assert here == there
+    unseen = tmp_path / "elsewhere"
+    with pytest.raises(PearError, match=f"node .* does not see {unseen}"):
+        list(run_shards(len, ["a", "b"], workers=2, runner="ray", ray_address=cluster.address, root=unseen))
