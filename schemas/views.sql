@@ -133,7 +133,7 @@ SELECT
   s.position AS "position",
   s.t AS "t",
   s.token_id AS "token_id",
-  v.token AS "token",
+  (SELECT list(token ORDER BY token_id) FROM stored.vocabulary)[s.token_id + 1] AS "token",
   s."logprob_initial" AS "logprob_initial",
   s."logprob_behavior" AS "logprob_behavior",
   s."logprob_initial"::DOUBLE - s."logprob_behavior"::DOUBLE AS "log_ratio",
@@ -154,8 +154,7 @@ FROM (
   LEFT JOIN stored."scores/initial" AS p0 ON p0.sample_id = c.sample_id
   LEFT JOIN stored."scores/behavior" AS p1 ON p1.sample_id = c.sample_id
   LEFT JOIN stored."weights/block" AS w0 ON w0.sample_id = c.sample_id
-) AS s
-LEFT JOIN stored.vocabulary AS v ON v.token_id = s.token_id;
+) AS s;
 
 CREATE VIEW histograms AS
 SELECT

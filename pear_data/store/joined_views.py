@@ -32,6 +32,9 @@ _KEPT = (
     "saturated_low",
     "saturated_high",
 )
+# A vocabulary has a row for every id from 0. DuckDB takes unnested tokens for few, and would hash them all for a join.
+_TOKEN = "(SELECT list(token ORDER BY token_id) FROM stored.vocabulary)[s.token_id + 1]"
+
 # Of a weighting's summary, alias {0}. A sample whose weights are all 0 has no effective sample.
 _SUMMARY = {
     **{name: f"{{0}}.{name}" for name in _KEPT},
@@ -139,7 +142,7 @@ def tokens_view(manifest: Manifest, seen: Collection[str] | None = None) -> str:
         Column("position", "s.position", lists=("position",)),
         Column("t", "s.t"),
         Column("token_id", "s.token_id", lists=("token_id",)),
-        Column("token", "v.token", ("v",), ("token_id",)),
+        Column("token", _TOKEN, lists=("token_id",)),
         *(_unnested(f"logprob_{name}", f"logprob_{name}") for name in policies),
         log_ratio,
     ]
@@ -158,10 +161,7 @@ def tokens_view(manifest: Manifest, seen: Collection[str] | None = None) -> str:
         + [column.text for column in unnested],
         _joined(f"summary/{CORPUS}", "c", joins, unnested),
     )
-    rest = from_query(inner, "s")
-    if any("v" in column.tables for column in kept):
-        rest += "\nLEFT JOIN stored.vocabulary AS v ON v.token_id = s.token_id"
-    return select((column.text for column in kept), rest)
+    return select((column.text for column in kept), from_query(inner, "s"))
 
 
 def _log_ratio(manifest: Manifest, policies: dict[str, str]) -> tuple[Column, list[Column]]:
