@@ -13,7 +13,9 @@ from pear_data.cli.options import common_options
 @click.command("show", short_help="Show one sample, its tokens coloured by weight.")
 @click.argument("sample_id")
 @click.option("--weights", metavar="NAME", help='Weighting; default: "block", else the first made.')
-@click.option("--table", is_flag=True, help="A row per scored token: its log-ratio and every weighting's weight.")
+@click.option(
+    "--table", is_flag=True, help="A row per scored token: its log-ratio and every weighting's weight."
+)
 @common_options
 def command(store: Path, sample_id: str, weights: str | None, table: bool) -> None:
     """Show one sample, its scored tokens coloured by weight: blue below 1, orange above; the prompt is dim.
