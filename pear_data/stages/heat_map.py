@@ -10,6 +10,7 @@ from pear_data.config import WeightSettings
 from pear_data.stages.clip_marks import HIGH, KEPT, LOW, clip_marks
 from pear_data.stages.colours import STEPS, WeightScale
 from pear_data.stages.measure import Measured
+from pear_data.stages.page_text import shortened
 from pear_data.stages.sample_tokens import SampleTokens, read_sample
 from pear_data.stages.text import one_line, printable
 from pear_data.store.sql_text import quoted
@@ -72,11 +73,6 @@ def cards(views: Views, measured: Measured, scale: WeightScale, corpus_mean: flo
         _card(why, read_sample(views, sample_id, measured.settings), measured.settings, scale, corpus_mean)
         for sample_id, why in picked.items()
     ]
-
-
-def shortened(text: str, characters: int) -> str:
-    """`text`, or its first characters and how many there are of it."""
-    return text if len(text) <= characters else f"{text[:characters]}… ({len(text):,} characters)"
 
 
 def _telling(views: Views, name: str) -> list[tuple[str, str]]:

@@ -24,8 +24,9 @@ from pear_data.progress import Outcome
 from pear_data.stages.charts import Chart
 from pear_data.stages.clip_marks import corpus_mean
 from pear_data.stages.colours import STEPS, WeightScale, scale_for
-from pear_data.stages.heat_map import Card, cards, shortened
+from pear_data.stages.heat_map import Card, cards
 from pear_data.stages.measure import Measured, measure
+from pear_data.stages.page_text import NAME_CHARACTERS, shortened
 from pear_data.stages.side_by_side import Comparison, clipped, compare_sources, compare_weightings
 from pear_data.stages.statistics import WeightingStatistics, summarise
 from pear_data.stages.statistics_text import ROWS, described, set_aside
@@ -39,8 +40,7 @@ from pear_data.store.views import Views, connect
 
 # Weightings shown with charts and samples; the others are compared only.
 SHOWN_WEIGHTINGS = 6
-# Characters of a name or an id; what is longer is cut and its length said.
-NAME_CHARACTERS = 80
+# Characters of a sentence.
 TEXT_CHARACTERS = 1500
 
 

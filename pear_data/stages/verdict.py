@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from pear_data.config import WeightSettings
+from pear_data.stages.page_text import NAME_CHARACTERS, shortened
 
 if TYPE_CHECKING:
     from pear_data.stages.findings import Finding
@@ -62,7 +63,7 @@ def advice(found: Sequence[WeightingStatistics], taken: Sequence[str]) -> list[A
                 _step(remedy, command(one.settings, one.weights, remedy, taken))
                 for remedy in finding.remedies
             ]
-            text = _without_remedies(finding.text) if steps else finding.text
+            text = _said(finding)
             said[finding.text] = Advice([one.weights], text, _severity(finding), steps)
     first = found[0].weights if found else None
     return sorted(said.values(), key=lambda one: (first not in one.weights, -one.severity))
@@ -79,9 +80,12 @@ def _step(remedy: Remedy, to_copy: str | None) -> Step:
     return Step(text, to_copy, remedy.file)
 
 
-def _without_remedies(text: str) -> str:
-    """A finding's words without their last sentence, which lists the remedies."""
-    return text.rpartition(" Remedy: ")[0] or text
+def _said(finding: Finding) -> str:
+    """A finding's words without their last sentence, which lists the remedies; long names of sources are cut."""
+    text = finding.text.rpartition(" Remedy: ")[0] or finding.text
+    for source in finding.sources:
+        text = text.replace(source, shortened(source, NAME_CHARACTERS))
+    return text
 
 
 def _severity(finding: Finding) -> float:

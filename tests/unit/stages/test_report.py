@@ -22,8 +22,9 @@ from pear_data.stages.charts import log_ratio_chart, weight_chart
 from pear_data.stages.colours import FACTORS, STEPS, scale_for
 from pear_data.stages.heat_map import SHOWN_CHARACTERS, SHOWN_TOKENS
 from pear_data.stages.histogram import Histogram
+from pear_data.stages.page_text import NAME_CHARACTERS
 from pear_data.stages.position_charts import position_charts
-from pear_data.stages.report import NAME_CHARACTERS, SHOWN_WEIGHTINGS, render, report
+from pear_data.stages.report import SHOWN_WEIGHTINGS, render, report
 from pear_data.stages.side_by_side import compare_sources
 from pear_data.stages.statistics import DecileStatistics, GroupStatistics
 from pear_data.stages.weight import weight

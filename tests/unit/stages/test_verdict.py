@@ -83,6 +83,13 @@ def test_a_command_makes_the_weights_again_with_the_remedy_in(settings, options)
         assert shown == wanted or float(wanted) == shown
 
 
+def test_a_long_name_does_not_hide_what_is_wrong():
+    name = "x" * 10_000
+    found = Finding.of("code", 1, 2, f"In 1 of 2 sources ({name}): it is wrong.", [], [name])
+    (one,) = advice([weighting("block", found)], ["block"])
+    assert one.text == f"In 1 of 2 sources ({'x' * 80}… (10,000 characters)): it is wrong."
+
+
 def test_no_command_where_none_would_work():
     own = WeightSettings(per_source={"a": {"gamma": 0.5}})
     gamma = Remedy(options=["--gamma", "1"], text="--gamma 1")
