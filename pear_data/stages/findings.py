@@ -156,7 +156,7 @@ def _source_remedies(
     """Against a fault of some sources: what leaves the others as they are comes first, where there is such a thing."""
     balance = mend.balance_sources(_totals(sources), settings)
     if code in ("low_ess", "saturated", "decays_with_position"):
-        return [mend.damp_sources(_totals(hits), settings), balance]
+        return [*_damped_alone(hits, sources, settings), balance]
     if code == "few_sequences":
         return [*_even_samples(settings), balance]
     if code == "top_heavy" and settings.normalize == "none" and not settings.per_source:
@@ -164,6 +164,20 @@ def _source_remedies(
         histograms = [group.totals.weights for group in hits.values()]
         return [balance, mend.cap_weights(histograms, settings, HIGH_TOP_MASS / MARGIN, TOP_SHARE)]
     return [balance]
+
+
+def _damped_alone(
+    hits: Mapping[str, Group], sources: Mapping[str, Group], settings: WeightSettings
+) -> list[Remedy]:
+    """Smaller sums in some sources alone, where weights of about 1 there will not leave the loss to the others."""
+    others = [group.totals for name, group in sources.items() if name not in hits]
+    tokens = sum(group.totals.tokens for group in hits.values())
+    weight = sum(totals.weight for totals in others) + tokens
+    square = sum(totals.weight_square for totals in others) + tokens
+    ess_ratio = weight**2 / square / (sum(totals.tokens for totals in others) + tokens)
+    if settings.normalize != "none" or ess_ratio < MARGIN * LOW_ESS_RATIO:
+        return []
+    return [mend.damp_sources(_totals(hits), settings)]
 
 
 def _totals(groups: Mapping[str, Group]) -> dict[str, Totals]:

@@ -1,9 +1,9 @@
 """What to add to `pear-data weight` against a fault of a weighting, worked out from its own totals.
 
 The one that mends most is to balance: each token is held against its own sample's mean log-ratio, and the clips, of
-about 1 / sqrt(T) for samples of T tokens, are set so that the clipped log-ratios and the discount sum to 0 on average.
-A suffix sum is then a walk without drift that ends about 1 from where it began, whatever the length and however far
-apart the policies are.
+about REACH / sqrt(T) for samples of T tokens, are set so that the clipped log-ratios and the discount sum to 0 on
+average. A suffix sum is then a walk without drift that ends about REACH from where it began, whatever the length and
+however far apart the policies are.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from pear_data.stages.measure import Totals
 
 # Widest clip worth proposing: the method's own lower one.
 WIDEST_CLIP = 0.08
-# What a sum of a sample's clipped log-ratios may come to: e times up or down.
-REACH = 1.0
+# What the sum of the clipped log-ratios of a sample of mean length may come to: some samples are ten times as long.
+REACH = 0.5
+# The same where log-weights are clipped closer to 0: so small a part of the room they have.
+PART_OF_ROOM = 1 / 8
 _BISECTIONS = 50
 
 
@@ -32,7 +34,8 @@ class Remedy(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     options: list[str] = Field(
-        description="What to add to the `pear-data weight` that made the weights; empty where no option helps."
+        description="What to give the `pear-data weight` that made the weights, in place of what these options were "
+        "given; empty where no option helps."
     )
     text: str = Field(description="The same for people, and why.")
     file: str | None = Field(None, description="What FILE holds where options name one (YAML).")
@@ -79,15 +82,16 @@ def balance_sources(sources: Mapping[str, Totals], settings: WeightSettings) -> 
 
 def damp_sources(sources: Mapping[str, Totals], settings: WeightSettings) -> Remedy:
     """For these sources alone log-ratio clips so small that no sum goes far."""
-    clips = {name: {"clip_log_ratio": _damped_clips(totals)} for name, totals in sources.items()}
-    return _per_source(["--per-source", "FILE"], clips, settings, "there, smaller clips for smaller sums")
+    entries = {name: _damped_entry(totals, of_source(settings, name)) for name, totals in sources.items()}
+    return _per_source(["--per-source", "FILE"], entries, settings, "there, smaller clips for smaller sums")
 
 
 def damp(totals: Totals, settings: WeightSettings) -> Remedy:
     """Log-ratio clips so small that no sum goes far; the discount goes too where it would."""
-    options = ["--clip-log-ratio", *_shown(_damped_clips(totals))]
-    if settings.level != "sequence" and -math.log(settings.gamma) * length(totals) > REACH / 2:
-        options += ["--gamma", "1"]
+    clips, gamma = _damped(totals, settings)
+    options = ["--clip-log-ratio", *_shown(clips)]
+    if gamma != settings.gamma:
+        options += ["--gamma", _text(gamma)]
     return Remedy(options=options, text=f"{' '.join(options)} (smaller sums)")
 
 
@@ -177,7 +181,14 @@ def _centered(settings: WeightSettings) -> list[str]:
 
 
 def _balanced_entry(totals: Totals, settings: WeightSettings) -> dict[str, Bounds | float]:
-    clips, gamma = _balanced(totals, settings)
+    return _entry(settings, *_balanced(totals, settings))
+
+
+def _damped_entry(totals: Totals, settings: WeightSettings) -> dict[str, Bounds | float]:
+    return _entry(settings, *_damped(totals, settings))
+
+
+def _entry(settings: WeightSettings, clips: Bounds, gamma: float) -> dict[str, Bounds | float]:
     return {"clip_log_ratio": clips, **({"gamma": gamma} if gamma != settings.gamma else {})}
 
 
@@ -188,14 +199,36 @@ def _balanced(totals: Totals, settings: WeightSettings) -> tuple[Bounds, float]:
     """
     drift = 0.0 if settings.level == "sequence" else math.log(settings.gamma)
     center = float(totals.target_logprob - totals.behavior_logprob) / totals.tokens
-    clips = _clips_of_mean(totals, center, -drift)
+    reach = _reach(settings)
+    widest = min(WIDEST_CLIP, reach / max(math.sqrt(length(totals)), _excursion(totals, center)))
+    clips = _clips_of_mean(totals, center, -drift, widest)
     missed = abs(mean_clipped(totals, clips, center) + drift) * length(totals)
-    return (clips, settings.gamma) if missed <= REACH / 2 else (_clips_of_mean(totals, center, 0.0), 1.0)
+    return (clips, settings.gamma) if missed <= reach else (_clips_of_mean(totals, center, 0.0, widest), 1.0)
 
 
-def _clips_of_mean(totals: Totals, center: float, mean: float) -> Bounds:
-    """Clips under which centered log-ratios have this mean, or come as near to it as they can."""
-    widest = min(WIDEST_CLIP, REACH / math.sqrt(length(totals)))
+def _excursion(totals: Totals, center: float) -> float:
+    """How many clips a suffix sum goes from 0 and back because samples' beginnings differ from their ends.
+
+    Clips being small, what counts of a tenth is how many of its log-ratios lie above the center: as many as of a normal
+    distribution with their mean and deviation.
+    """
+    known = totals.decile_tokens > 0
+    tokens = totals.decile_tokens[known]
+    mean = (totals.decile_target[known] - totals.decile_behavior[known]) / tokens
+    deviation = np.sqrt(np.maximum(totals.decile_ratio_square[known] / tokens - mean**2, 1e-12))
+    above = np.array([math.erf(z) for z in (mean - center) / deviation / math.sqrt(2)])
+    # With clips that balance, a whole sample comes back to 0.
+    step = (above - np.average(above, weights=tokens)) * tokens / totals.samples
+    return float(np.abs(np.cumsum(step)).max())
+
+
+def _reach(settings: WeightSettings) -> float:
+    room = min((abs(bound) for bound in settings.clip_log_weight if bound), default=math.inf)
+    return min(REACH, PART_OF_ROOM * room)
+
+
+def _clips_of_mean(totals: Totals, center: float, mean: float, widest: float) -> Bounds:
+    """Clips no wider than `widest` under which centered log-ratios have this mean, or come as near to it as can be."""
     too_high = mean_clipped(totals, (-widest, widest), center) > mean
     nearest, farthest = 0.0, widest
     for _ in range(_BISECTIONS):
@@ -207,10 +240,13 @@ def _clips_of_mean(totals: Totals, center: float, mean: float) -> Bounds:
     return (-widest, nearest) if too_high else (-nearest, widest)
 
 
-def _damped_clips(totals: Totals) -> Bounds:
-    """Clips under which the log-ratios of a sample of mean length sum to no more than REACH."""
-    widest = min(WIDEST_CLIP, REACH / length(totals))
-    return -widest, widest
+def _damped(totals: Totals, settings: WeightSettings) -> tuple[Bounds, float]:
+    """Clips under which the log-ratios of a sample of mean length sum to no more than REACH, and the discount: 1 where
+    the present one sums to more."""
+    reach = _reach(settings)
+    widest = min(WIDEST_CLIP, reach / length(totals))
+    discounts = settings.level != "sequence" and -math.log(settings.gamma) * length(totals) > reach
+    return (-widest, widest), 1.0 if discounts else settings.gamma
 
 
 def _per_source(
