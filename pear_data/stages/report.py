@@ -180,7 +180,7 @@ def _environment() -> jinja2.Environment:
 
 def _sentence(text: str) -> Markup:
     """A sentence, what stands between backticks as code."""
-    safe = escape(shortened(one_line(text), TEXT_CHARACTERS))
+    safe = str(escape(shortened(one_line(text), TEXT_CHARACTERS)))
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", safe))
 
 

@@ -201,6 +201,16 @@ def test_a_command_of_the_page_runs_as_it_is(make_store, samples):
     assert made != open_store(folder).stage("weights/token").settings
 
 
+def test_commands_in_sentences_are_code_and_nothing_else_is_markup(make_store, samples):
+    for sample in samples:
+        sample.initial_status = "nonfinite"
+    text = render(add_weights(make_store(samples), "block"), ["block"])
+    # The sentence holds status_<policy>, too.
+    assert (
+        "look at status_&lt;policy&gt; and label in <code>pear-data sql &#39;from samples&#39;</code>" in text
+    )
+
+
 def test_nothing_wrong_is_said_too(folder):
     assert "Nothing looks wrong" in render(add_weights(folder, "uniform"), ["uniform"])
 
