@@ -4,66 +4,66 @@
 
 CREATE SCHEMA stored;
 
-CREATE VIEW stored."corpus" AS
+CREATE OR REPLACE VIEW stored."corpus" AS
 SELECT sample_id, source, label, input_ids, loss_mask, num_tokens, num_scored, record
 FROM read_parquet([
     'STORE/corpus/part-00000.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW stored."summary/corpus" AS
+CREATE OR REPLACE VIEW stored."summary/corpus" AS
 SELECT sample_id, source, label, num_tokens, num_scored
 FROM read_parquet([
     'STORE/summary/corpus/part-00000.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW stored."vocabulary" AS
+CREATE OR REPLACE VIEW stored."vocabulary" AS
 SELECT token_id, token
 FROM read_parquet([
     'STORE/tokenizer/vocabulary.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW stored."scores/initial" AS
+CREATE OR REPLACE VIEW stored."scores/initial" AS
 SELECT sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM read_parquet([
     'STORE/scores/initial/part-00000.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW stored."scores/behavior" AS
+CREATE OR REPLACE VIEW stored."scores/behavior" AS
 SELECT sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM read_parquet([
     'STORE/scores/behavior/part-00000.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW stored."weights/block" AS
+CREATE OR REPLACE VIEW stored."weights/block" AS
 SELECT sample_id, weights, num_scored, status
 FROM read_parquet([
     'STORE/weights/block/part-00000.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW stored."summary/weights/block" AS
+CREATE OR REPLACE VIEW stored."summary/weights/block" AS
 SELECT sample_id, num_scored, log_ratio_sum, weight_sum, weight_square_sum, weight_min, weight_max, clipped_low, clipped_high, saturated_low, saturated_high, status
 FROM read_parquet([
     'STORE/summary/weights/block/part-00000.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW stored."totals/weights/block" AS
+CREATE OR REPLACE VIEW stored."totals/weights/block" AS
 SELECT source, samples, negatives, ok, unscored, dropped, sample_mean_sum, sample_mean_square_sum, sample_ratio_square_sum, log_ratio_min, log_ratio_max, weight_min, weight_max, tokens, clipped_low, clipped_high, saturated_low, saturated_high, weight_sum, weight_square_sum, target_logprob_sum, behavior_logprob_sum, log_ratio_square_sum, log_ratio_bins, log_ratio_counts, weight_bins, weight_counts, sample_weight_bins, sample_weight_counts
 FROM read_parquet([
     'STORE/summary/weights/block/part-00000.totals.parquet'
 ], hive_partitioning = false);
 
-CREATE VIEW corpus AS
+CREATE OR REPLACE VIEW corpus AS
 SELECT sample_id, source, label, input_ids, loss_mask, num_tokens, num_scored, record
 FROM stored.corpus;
 
-CREATE VIEW scores AS
+CREATE OR REPLACE VIEW scores AS
 SELECT 'initial' AS policy, sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM stored."scores/initial"
 UNION ALL
 SELECT 'behavior' AS policy, sample_id, logprobs, span_tokens, num_scored, logprob_sum, status
 FROM stored."scores/behavior";
 
-CREATE VIEW weights AS
+CREATE OR REPLACE VIEW weights AS
 SELECT
   'block' AS name,
   s.sample_id AS "sample_id",
@@ -84,7 +84,7 @@ SELECT
 FROM stored."summary/weights/block" AS s
 LEFT JOIN stored."weights/block" AS w ON w.sample_id = s.sample_id;
 
-CREATE VIEW samples AS
+CREATE OR REPLACE VIEW samples AS
 SELECT
   c.sample_id AS "sample_id",
   c.source AS "source",
@@ -126,7 +126,7 @@ LEFT JOIN stored."scores/initial" AS p0 ON p0.sample_id = c.sample_id
 LEFT JOIN stored."scores/behavior" AS p1 ON p1.sample_id = c.sample_id
 LEFT JOIN stored."summary/weights/block" AS w0 ON w0.sample_id = c.sample_id;
 
-CREATE VIEW tokens AS
+CREATE OR REPLACE VIEW tokens AS
 SELECT
   s.sample_id AS "sample_id",
   s.source AS "source",
@@ -156,7 +156,7 @@ FROM (
   LEFT JOIN stored."weights/block" AS w0 ON w0.sample_id = c.sample_id
 ) AS s;
 
-CREATE VIEW histograms AS
+CREATE OR REPLACE VIEW histograms AS
 SELECT
   name,
   source,
@@ -175,7 +175,7 @@ FROM (
 ) AS b
 GROUP BY name, source, quantity, bin;
 
-CREATE VIEW deciles AS
+CREATE OR REPLACE VIEW deciles AS
 SELECT
   name,
   source,

@@ -23,10 +23,13 @@ _ALLOWED = "one SELECT, DESCRIBE, SUMMARIZE, SHOW or EXPLAIN of one"
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query that only reads. `columns` are the words that can name a column, in lower case; None where it may take
-    columns that it does not name (`*`, say)."""
+    """A query that only reads, and the words in it that can name a table or a column, in lower case.
+
+    `columns` is None where it may take columns that it does not name (`*`, say), or tables.
+    """
 
     text: str
+    tables: frozenset[str]
     columns: frozenset[str] | None
 
 
@@ -52,7 +55,7 @@ def check(query: str, parser: duckdb.DuckDBPyConnection) -> Query:
         raise UsageError(f"{kinds[0] if kinds else 'nothing'} is refused: give {_ALLOWED}{hint}")
     nodes = list(_nodes(_parsed(read, parser)))
     _check_nodes(nodes)
-    return Query(query, _columns(nodes))
+    return Query(query, frozenset(_tables(nodes)), _columns(nodes))
 
 
 def first_line(error: Exception) -> str:
@@ -106,10 +109,14 @@ def _check_nodes(nodes: list[dict[str, Any]]) -> None:
                 )
 
 
+def _tables(nodes: list[dict[str, Any]]) -> set[str]:
+    named = [node for node in nodes if node.get("type") == "BASE_TABLE"]
+    return {node[key].lower() for node in named for key in ("table_name", "alias")}
+
+
 def _columns(nodes: list[dict[str, Any]]) -> frozenset[str] | None:
     """Every word of the query that can name a column, or None where it can also take one without its name."""
     words: set[str] = set()
-    tables: set[str] = set()
     last: set[str] = set()
     for node in nodes:
         kind = node.get("type")
@@ -118,17 +125,15 @@ def _columns(nodes: list[dict[str, Any]]) -> frozenset[str] | None:
             return None
         if node.get("ref_type") == "NATURAL":
             return None
+        if kind == "BASE_TABLE" and len(node["qualified_name"]["path"]) > 1:
+            return None  # information_schema.columns, say
         if kind == "COLUMN_REF":
             names = [name.lower() for name in node["column_names"]]
             words.update(names)
             last.add(names[-1])
-        elif kind == "BASE_TABLE":
-            tables.update((node["table_name"].lower(), node["alias"].lower()))
-            if len(node["qualified_name"]["path"]) > 1:
-                return None  # information_schema.columns, say
         words.update(name.lower() for name in node.get("using_columns") or ())
     # A table's name in a column's place is a whole row.
-    return None if tables & last else frozenset(words)
+    return None if _tables(nodes) & last else frozenset(words)
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,9 @@ from pear_data.store.totals_views import deciles_view, histograms_view
 
 __all__ = [
     "compared_policies",
+    "create_view",
     "default_weighting",
+    "file_view_statements",
     "joined_views",
     "literal",
     "quoted",
@@ -34,33 +36,44 @@ __all__ = [
 
 def view_statements(manifest: Manifest, root: str) -> list[str]:
     """The statements that make every view, in order. `root` is put before the paths of the manifest."""
-    policies = manifest.names("scores")
-    stacked_scores = [f"SELECT {literal(name)} AS policy, {_listed(SCORES_SCHEMA)}" for name in policies]
-    views = {
-        **{f"stored.{quoted(key)}": _read(schemas, root) for key, schemas in _stored(manifest).items()},
-        "corpus": f"SELECT {_listed(CORPUS_SCHEMA)}\nFROM stored.corpus",
-        "scores": "\nUNION ALL\n".join(
-            f"{columns}\nFROM stored.{quoted(f'scores/{name}')}"
-            for name, columns in zip(policies, stacked_scores, strict=True)
-        )
-        or no_rows(pa.schema([pa.field("policy", pa.string()), *SCORES_SCHEMA])),
-        **joined_views(manifest),
-        "histograms": histograms_view(manifest),
-        "deciles": deciles_view(manifest),
-    }
     return [
-        "CREATE SCHEMA stored",
-        *(f"CREATE VIEW {name} AS\n{body}" for name, body in views.items()),
+        *file_view_statements(manifest, root),
+        *(create_view(name, body) for name, body in joined_views(manifest).items()),
     ]
 
 
+def file_view_statements(manifest: Manifest, root: str) -> list[str]:
+    """The statements that make the views which read files, and those that only stack them: `corpus` and `scores`."""
+    scores = [
+        f"SELECT {literal(name)} AS policy, {_listed(SCORES_SCHEMA)}\nFROM stored.{quoted(f'scores/{name}')}"
+        for name in manifest.names("scores")
+    ]
+    no_scores = no_rows(pa.schema([pa.field("policy", pa.string()), *SCORES_SCHEMA]))
+    views = {
+        **{f"stored.{quoted(key)}": _read(reads, root) for key, reads in _stored(manifest).items()},
+        "corpus": f"SELECT {_listed(CORPUS_SCHEMA)}\nFROM stored.corpus",
+        "scores": "\nUNION ALL\n".join(scores) or no_scores,
+    }
+    return ["CREATE SCHEMA stored", *(create_view(name, body) for name, body in views.items())]
+
+
 def joined_views(manifest: Manifest, seen: Collection[str] | None = None) -> dict[str, str]:
-    """Bodies of the views that join artefacts, by name; with only the columns in `seen` (lower case) if given."""
+    """Bodies of the other views, by name.
+
+    Where `seen` (lower case) is given, those that join files have only these columns.
+    """
     return {
         "weights": weights_view(manifest, seen),
         "samples": samples_view(manifest, seen),
         "tokens": tokens_view(manifest, seen),
+        "histograms": histograms_view(manifest),
+        "deciles": deciles_view(manifest),
     }
+
+
+def create_view(name: str, body: str) -> str:
+    """The statement that makes a view, in place of another of that name."""
+    return f"CREATE OR REPLACE VIEW {name} AS\n{body}"
 
 
 def viewed_files(manifest: Manifest) -> list[FileEntry]:

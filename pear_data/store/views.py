@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +26,7 @@ from pear_data.store.manifest import FileEntry, Manifest
 from pear_data.store.query_guard import Query, check, first_line
 from pear_data.store.span_ratios import span_log_ratios
 from pear_data.store.sql_text import literal
-from pear_data.store.view_sql import joined_views, view_statements, viewed_files
+from pear_data.store.view_sql import create_view, file_view_statements, joined_views, viewed_files
 
 if TYPE_CHECKING:
     from pear_data.store.store import Store
@@ -40,7 +40,8 @@ SPILL_SHARE = 0.5
 class Views:
     """Queries over the views of one store. Made by `connect`.
 
-    DuckDB runs on a thread of its own: a thread inside it hears neither Ctrl-C nor a clock.
+    DuckDB runs on a thread of its own: a thread inside it hears neither Ctrl-C nor a clock. Views that join files are
+    made for each query, with the columns it can see: see `joined_views`.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Views:
     ) -> None:
         self._connection = connection
         self._manifest = manifest
-        self._bodies = joined_views(manifest)
+        self._bodies: dict[str, str] = {}
         self._timeout = timeout
         self._start = time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duckdb")
@@ -85,19 +86,20 @@ class Views:
     def _bound(self, query: Query, parameters: list[Any] | None = None) -> duckdb.DuckDBPyRelation:
         """The query over views with only the columns it can see, or over whole ones where these do not do."""
         if query.columns is not None:
-            self._narrow(query.columns)
+            self._make(query.columns, query.tables)
             try:
                 return self._connection.sql(query.text, params=parameters)
             except (duckdb.BinderException, duckdb.CatalogException):
                 # There is no such column, or it was named in a way that `check` does not know: whole views tell.
                 pass
-        self._narrow(None)
+        self._make()
         return self._connection.sql(query.text, params=parameters)
 
-    def _narrow(self, seen: frozenset[str] | None) -> None:
+    def _make(self, seen: Collection[str] | None = None, tables: Collection[str] | None = None) -> None:
+        """Make the views `tables`, by default all, with the columns in `seen`, by default all."""
         for name, body in joined_views(self._manifest, seen).items():
-            if self._bodies.get(name) != body:
-                self._connection.execute(f"CREATE OR REPLACE VIEW {name} AS\n{body}")
+            if (tables is None or name in tables) and self._bodies.get(name) != body:
+                self._connection.execute(create_view(name, body))
                 self._bodies[name] = body
 
     def _run(self, call: Callable[[], Result]) -> Result:
@@ -185,7 +187,7 @@ def _make_views(connection: duckdb.DuckDBPyConnection, store: Store, paths: list
     )
     _lock_down(connection, paths)
     try:
-        for statement in view_statements(store.manifest, os.path.abspath(store.path)):
+        for statement in file_view_statements(store.manifest, os.path.abspath(store.path)):
             connection.execute(statement)
     except duckdb.Error as error:
         # A view is bound to the schema in its files' footers, so a damaged or unreadable one is met here.
