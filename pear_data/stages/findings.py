@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 
 from pear_data.config import BASELINES, WeightSettings
+from pear_data.stages import clips
 from pear_data.stages import remedies as mend
 from pear_data.stages.faults import CHECKS, HIGH_TOP_MASS, LOW_ESS_RATIO, TOP_SHARE, Check, Group, percent
 from pear_data.stages.measure import Totals
@@ -198,8 +199,8 @@ def _one_weight_a_sample(settings: WeightSettings) -> list[Remedy]:
 
 def _undiscounted(totals: Totals, settings: WeightSettings) -> list[Remedy]:
     """No discount, where that and not the log-ratios is what makes weights decay."""
-    drift = mend.mean_clipped(totals, settings.clip_log_ratio)
-    if settings.gamma == 1 or settings.center != "none" or drift * mend.length(totals) < -1 / MARGIN:
+    drift = clips.mean_clipped(totals, settings.clip_log_ratio)
+    if settings.gamma == 1 or settings.center != "none" or drift * clips.length(totals) < -1 / MARGIN:
         return []
     return [Remedy(options=["--gamma", "1"], text="--gamma 1 (no discount by position)")]
 

@@ -1,31 +1,23 @@
 """What to add to `pear-data weight` against a fault of a weighting, worked out from its own totals.
 
-The one that mends most is to balance: each token is held against its own sample's mean log-ratio, and the clips, of
-about REACH / sqrt(T) for samples of T tokens, are set so that the clipped log-ratios and the discount sum to 0 on
-average. A suffix sum is then a walk without drift that ends about REACH from where it began, whatever the length and
-however far apart the policies are.
+What mends most is to balance: each token is held against its own sample's mean log-ratio, with clips under which sums
+do not drift (`pear_data.stages.clips`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from pear_data.config import Bounds, WeightSettings
+from pear_data.stages import clips
 from pear_data.stages.histogram import Histogram, top_share
 from pear_data.stages.measure import Totals
-
-# Widest clip worth proposing: the method's own lower one.
-WIDEST_CLIP = 0.08
-# What the sum of the clipped log-ratios of a sample of mean length may come to: some samples are ten times as long.
-REACH = 0.5
-# The same where log-weights are clipped closer to 0: so small a part of the room they have.
-PART_OF_ROOM = 1 / 8
-_BISECTIONS = 50
 
 
 class Remedy(BaseModel):
@@ -52,15 +44,21 @@ def changes(remedy: Remedy, settings: WeightSettings) -> bool:
     for start, end in zip(flags, [*flags[1:], len(remedy.options)], strict=True):
         name, *values = remedy.options[start:end]
         present = getattr(settings, name.removeprefix("--").replace("-", "_"))
-        if [_text(value) for value in (present if isinstance(present, tuple) else [present])] != values:
+        if tuple(type(known)(text) for known, text in zip(_each(present), values, strict=True)) != _each(
+            present
+        ):
             return True
     return False
 
 
+def _each(present: Any) -> tuple[Any, ...]:
+    return present if isinstance(present, tuple) else (present,)
+
+
 def balance(totals: Totals, settings: WeightSettings) -> Remedy:
     """Center samples, with clips under which nothing drifts."""
-    clips, gamma = _balanced(totals, settings)
-    options = [*_centered(settings), "--clip-log-ratio", *_shown(clips)]
+    bounds, gamma = clips.balanced_clips(totals, settings)
+    options = [*_centered(settings), "--clip-log-ratio", *_shown(bounds)]
     if gamma != settings.gamma:
         options += ["--gamma", _text(gamma)]
     return Remedy(
@@ -88,8 +86,8 @@ def damp_sources(sources: Mapping[str, Totals], settings: WeightSettings) -> Rem
 
 def damp(totals: Totals, settings: WeightSettings) -> Remedy:
     """Log-ratio clips so small that no sum goes far; the discount goes too where it would."""
-    clips, gamma = _damped(totals, settings)
-    options = ["--clip-log-ratio", *_shown(clips)]
+    bounds, gamma = clips.damped_clips(totals, settings)
+    options = ["--clip-log-ratio", *_shown(bounds)]
     if gamma != settings.gamma:
         options += ["--gamma", _text(gamma)]
     return Remedy(options=options, text=f"{' '.join(options)} (smaller sums)")
@@ -164,89 +162,20 @@ def of_source(settings: WeightSettings, source: str) -> WeightSettings:
     return settings.model_copy(update=own.model_dump(exclude_none=True)) if own else settings
 
 
-def length(totals: Totals) -> float:
-    """Mean scored tokens of a sample."""
-    return totals.tokens / totals.samples
-
-
-def mean_clipped(totals: Totals, clips: Bounds, center: float = 0.0) -> float:
-    """Mean of the log-ratios less `center`, clipped."""
-    histogram = totals.log_ratios
-    clipped = np.clip(histogram.means - center, *clips)
-    return float(histogram.counts @ clipped) / histogram.total
-
-
 def _centered(settings: WeightSettings) -> list[str]:
     return [] if settings.center == "sample" else ["--center", "sample"]
 
 
 def _balanced_entry(totals: Totals, settings: WeightSettings) -> dict[str, Bounds | float]:
-    return _entry(settings, *_balanced(totals, settings))
+    return _entry(settings, *clips.balanced_clips(totals, settings))
 
 
 def _damped_entry(totals: Totals, settings: WeightSettings) -> dict[str, Bounds | float]:
-    return _entry(settings, *_damped(totals, settings))
+    return _entry(settings, *clips.damped_clips(totals, settings))
 
 
-def _entry(settings: WeightSettings, clips: Bounds, gamma: float) -> dict[str, Bounds | float]:
-    return {"clip_log_ratio": clips, **({"gamma": gamma} if gamma != settings.gamma else {})}
-
-
-def _balanced(totals: Totals, settings: WeightSettings) -> tuple[Bounds, float]:
-    """Clips of centered log-ratios and the discount that goes with them: 1 where no clips make up for the present one.
-
-    One clip is as far from 0 as sums over a sample may bear, the other as near to it as it takes.
-    """
-    drift = 0.0 if settings.level == "sequence" else math.log(settings.gamma)
-    center = float(totals.target_logprob - totals.behavior_logprob) / totals.tokens
-    reach = _reach(settings)
-    widest = min(WIDEST_CLIP, reach / max(math.sqrt(length(totals)), _excursion(totals, center)))
-    clips = _clips_of_mean(totals, center, -drift, widest)
-    missed = abs(mean_clipped(totals, clips, center) + drift) * length(totals)
-    return (clips, settings.gamma) if missed <= reach else (_clips_of_mean(totals, center, 0.0, widest), 1.0)
-
-
-def _excursion(totals: Totals, center: float) -> float:
-    """How many clips a suffix sum goes from 0 and back because samples' beginnings differ from their ends.
-
-    Clips being small, what counts of a tenth is how many of its log-ratios lie above the center: as many as of a normal
-    distribution with their mean and deviation.
-    """
-    known = totals.decile_tokens > 0
-    tokens = totals.decile_tokens[known]
-    mean = (totals.decile_target[known] - totals.decile_behavior[known]) / tokens
-    deviation = np.sqrt(np.maximum(totals.decile_ratio_square[known] / tokens - mean**2, 1e-12))
-    above = np.array([math.erf(z) for z in (mean - center) / deviation / math.sqrt(2)])
-    # With clips that balance, a whole sample comes back to 0.
-    step = (above - np.average(above, weights=tokens)) * tokens / totals.samples
-    return float(np.abs(np.cumsum(step)).max())
-
-
-def _reach(settings: WeightSettings) -> float:
-    room = min((abs(bound) for bound in settings.clip_log_weight if bound), default=math.inf)
-    return min(REACH, PART_OF_ROOM * room)
-
-
-def _clips_of_mean(totals: Totals, center: float, mean: float, widest: float) -> Bounds:
-    """Clips no wider than `widest` under which centered log-ratios have this mean, or come as near to it as can be."""
-    too_high = mean_clipped(totals, (-widest, widest), center) > mean
-    nearest, farthest = 0.0, widest
-    for _ in range(_BISECTIONS):
-        middle = (nearest + farthest) / 2
-        clips = (-widest, middle) if too_high else (-middle, widest)
-        # Whichever side is drawn in, the mean comes towards the one asked for, and goes past it where it is too much.
-        is_wide = (mean_clipped(totals, clips, center) > mean) == too_high
-        nearest, farthest = (nearest, middle) if is_wide else (middle, farthest)
-    return (-widest, nearest) if too_high else (-nearest, widest)
-
-
-def _damped(totals: Totals, settings: WeightSettings) -> tuple[Bounds, float]:
-    """Clips under which the log-ratios of a sample of mean length sum to no more than REACH, and the discount: 1 where
-    the present one sums to more."""
-    reach = _reach(settings)
-    widest = min(WIDEST_CLIP, reach / length(totals))
-    discounts = settings.level != "sequence" and -math.log(settings.gamma) * length(totals) > reach
-    return (-widest, widest), 1.0 if discounts else settings.gamma
+def _entry(settings: WeightSettings, bounds: Bounds, gamma: float) -> dict[str, Bounds | float]:
+    return {"clip_log_ratio": bounds, **({"gamma": gamma} if gamma != settings.gamma else {})}
 
 
 def _per_source(
@@ -256,7 +185,9 @@ def _per_source(
     why: str,
 ) -> Remedy:
     """Entries of single sources, laid over those that the weighting has already."""
-    file = {name: entry.model_dump(exclude_none=True) for name, entry in settings.per_source.items()}
+    file = {
+        name: entry.model_dump(mode="json", exclude_none=True) for name, entry in settings.per_source.items()
+    }
     for name, entry in entries.items():
         chosen = {
             key: [float(bound) for bound in _shown(value)] if isinstance(value, tuple) else value
@@ -265,7 +196,7 @@ def _per_source(
         file[name] = {**file.get(name, {}), **chosen}
     return Remedy(
         options=options,
-        text=f"{' '.join(options)} ({why}; `pear-data stats --format json` has FILE)",
+        text=f"{' '.join(options)} ({why}; FILE is `file` of this remedy in `pear-data stats --format json`)",
         file=yaml.safe_dump(file, sort_keys=False, default_flow_style=None),
     )
 
@@ -276,6 +207,6 @@ def _shown(bounds: Bounds) -> tuple[str, str]:
     return low, high
 
 
-def _text(value: float | str) -> str:
-    """A setting as an option takes it; adding 0 turns -0 into 0."""
-    return value if isinstance(value, str) else f"{value + 0.0:.3g}"
+def _text(value: float) -> str:
+    """A number as an option takes it; adding 0 turns -0 into 0."""
+    return f"{value + 0.0:.3g}"

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from pear_data.cli.entry import run
 from pear_data.stages.noise import DECISION
@@ -223,6 +224,21 @@ def test_a_source_that_collapses_is_mended_alone(make_store, samples, capsys):
     healthy, same = (stats(folder, name, capsys)["sources"][0] for name in ("block", "mended"))
     assert healthy["source"] == "even"
     assert healthy == same
+
+
+def test_sources_with_settings_of_their_own_keep_what_mends_nothing(make_store, samples, capsys):
+    folder = make_store(build(samples, of_kind(teacher, 42, 400)))
+    own = folder.parent / "own.yaml"
+    own.write_text("odd: {clip_log_ratio: [-0.1, 0.2], clip_log_weight: [-9, 4]}\n", encoding="utf-8")
+    options = ["--per-source", str(own)]
+    weigh(folder, "own", options)
+    found = stats(folder, "own", capsys)
+    first = found["findings"][0]["remedies"][0]
+    assert first["options"] == ["--center", "sample", "--per-source", "FILE"]
+    file = yaml.safe_load(first["file"])
+    assert file["odd"]["clip_log_weight"] == [-9, 4]
+    assert file["odd"]["clip_log_ratio"] != [-0.1, 0.2]
+    follow_each(found, folder, options, capsys)
 
 
 def audited(p99):
