@@ -68,7 +68,7 @@ def findings(
     dtypes: Mapping[str, str],
     audits: Mapping[str, Audit | None],
 ) -> list[Finding]:
-    """What looks wrong with the whole corpus, and with single sources where the whole looks right.
+    """What looks wrong with the whole corpus, and with single sources.
 
     Args:
         corpus: the whole corpus.
@@ -84,13 +84,35 @@ def findings(
     found = [*_noise_floor(settings, dtypes, audits)]
     by_name = {str(group.statistics.source): group for group in sources}
     for check in CHECKS:
-        fault = check(corpus, settings)
-        if fault is not None:
-            remedies = _corpus_remedies(fault.code, corpus, by_name, settings)
-            found.append(Finding.of(fault.code, fault.value, fault.threshold, fault.text, remedies))
-        elif len(sources) > 1:
-            found += _in_sources(check, by_name, settings)
+        found += _found(check, corpus, by_name, settings)
     return found
+
+
+def _found(
+    check: Check, corpus: Group, sources: Mapping[str, Group], settings: WeightSettings
+) -> Iterator[Finding]:
+    """A fault of the whole corpus, of some sources, or of the whole because of some sources."""
+    fault = check(corpus, settings)
+    faults = {
+        name: found
+        for name, group in sources.items()
+        if (found := check(group, mend.of_source(settings, name))) is not None
+    }
+    shown = ", ".join(list(faults)[:SHOWN_SOURCES]) + (", ..." if len(faults) > SHOWN_SOURCES else "")
+    some = f"{len(faults)} of {len(sources)} sources ({shown})"
+    hits = {name: sources[name] for name in faults}
+    if fault is not None and len(faults) in (0, len(sources)):
+        remedies = _corpus_remedies(fault.code, corpus, sources, settings)
+        yield Finding.of(fault.code, fault.value, fault.threshold, fault.text, remedies)
+    elif fault is not None:
+        remedies = _source_remedies(fault.code, corpus, hits, sources, settings)
+        text = f"{fault.text} It is so in {some}."
+        yield Finding.of(fault.code, fault.value, fault.threshold, text, remedies)
+    elif faults:
+        first = next(iter(faults.values()))
+        remedies = _source_remedies(first.code, corpus, hits, sources, settings)
+        text = f"In {some}: {first.text}"
+        yield Finding.of(first.code, first.value, first.threshold, text, remedies, list(faults))
 
 
 def _nothing_left(corpus: GroupStatistics) -> Finding:
@@ -107,22 +129,6 @@ def _nothing_left(corpus: GroupStatistics) -> Finding:
             )
         ],
     )
-
-
-def _in_sources(check: Check, groups: Mapping[str, Group], settings: WeightSettings) -> Iterator[Finding]:
-    """The first source's fault, said of every source that has it."""
-    hits = {
-        name: fault
-        for name, group in groups.items()
-        if (fault := check(group, mend.of_source(settings, name))) is not None
-    }
-    if not hits:
-        return
-    first = next(iter(hits.values()))
-    shown = ", ".join(list(hits)[:SHOWN_SOURCES]) + (", ..." if len(hits) > SHOWN_SOURCES else "")
-    text = f"In {len(hits)} of {len(groups)} sources ({shown}): {first.text}"
-    remedies = _source_remedies(first.code, {name: groups[name] for name in hits}, groups, settings)
-    yield Finding.of(first.code, first.value, first.threshold, text, remedies, list(hits))
 
 
 def _corpus_remedies(
@@ -152,7 +158,11 @@ def _corpus_remedies(
 
 
 def _source_remedies(
-    code: str, hits: Mapping[str, Group], sources: Mapping[str, Group], settings: WeightSettings
+    code: str,
+    corpus: Group,
+    hits: Mapping[str, Group],
+    sources: Mapping[str, Group],
+    settings: WeightSettings,
 ) -> list[Remedy]:
     """Against a fault of some sources: what leaves the others as they are comes first, where there is such a thing."""
     balance = mend.balance_sources(_totals(sources), settings)
@@ -162,7 +172,7 @@ def _source_remedies(
         return [*_even_samples(settings), balance]
     if code == "top_heavy" and settings.normalize == "none" and not settings.per_source:
         # Capping these alone would leave the loss to the largest weights of the others.
-        histograms = [group.totals.weights for group in hits.values()]
+        histograms = [group.totals.weights for group in (corpus, *hits.values())]
         return [balance, mend.cap_weights(histograms, settings, HIGH_TOP_MASS / MARGIN, TOP_SHARE)]
     return [balance]
 

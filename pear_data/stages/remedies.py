@@ -196,7 +196,7 @@ def _per_source(
         file[name] = {**file.get(name, {}), **chosen}
     return Remedy(
         options=options,
-        text=f"{' '.join(options)} ({why}; FILE is `file` of this remedy in `pear-data stats --format json`)",
+        text=f"{' '.join(options)} ({why}; --format json has FILE)",
         file=yaml.safe_dump(file, sort_keys=False, default_flow_style=None),
     )
 

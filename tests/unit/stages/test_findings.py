@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import yaml
 
 from pear_data.config import WeightSettings
 from pear_data.progress import Silent
@@ -76,6 +77,20 @@ def test_sources_that_are_wrong_are_named_with_their_own_clips(make_store, sampl
     )
     per_source = {"odd": {"clip_log_ratio": (-5, 0.3)}}
     assert "clipped_low" not in found_in(add_weights(folder, per_source=per_source, name="own"), "own")
+
+
+def test_a_fault_of_the_whole_that_some_sources_make_is_laid_to_them(make_store, samples):
+    near, far = made_of(samples, 60, -0.01, length=300), made_of(samples, 60, -2.0, 0.1, length=900)
+    mixed = [far[i] if i % 7 in (1, 4) else near[i] for i in range(60)]
+    finding = found_in(add_weights(make_store(mixed)), "block")["saturated"]
+    assert finding.sources == []
+    assert "It is so in 1 of 2 sources (odd)." in finding.text
+    assert [remedy.options for remedy in finding.remedies] == [
+        ["--per-source", "FILE"],
+        ["--center", "sample", "--per-source", "FILE"],
+    ]
+    assert list(yaml.safe_load(finding.remedies[0].file)) == ["odd"]
+    assert list(yaml.safe_load(finding.remedies[1].file)) == ["even", "odd"]
 
 
 def test_baselines_are_not_found_fault_with(make_store, samples):
