@@ -30,7 +30,7 @@ class Remedy(BaseModel):
         "given; empty where no option helps."
     )
     text: str = Field(description="The same for people, and why.")
-    file: str | None = Field(None, description="What FILE holds where options name one (YAML).")
+    file: str | None = Field(default=None, description="What FILE holds where options name one (YAML).")
 
 
 NEARER = Remedy(options=[], text="a behavior policy nearer to the target")

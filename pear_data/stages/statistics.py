@@ -89,8 +89,12 @@ class GroupStatistics(BaseModel):
     top_1pct_samples_mass: float | None = Field(
         description="Part of all weight that the 1 % of samples with the greatest sums of weights hold, within 0.8 %."
     )
-    log_weight_clipped_low: float | None = Field(description="Share of tokens at the lower log-weight clip.")
-    log_weight_clipped_high: float | None = Field(description="Share of tokens at the upper log-weight clip.")
+    log_weight_clipped_low: float | None = Field(
+        description="Share of tokens at the lower log-weight clip, before weights are scaled."
+    )
+    log_weight_clipped_high: float | None = Field(
+        description="Share of tokens at the upper log-weight clip, before weights are scaled."
+    )
     saturated: float | None = Field(description="Share of tokens whose suffix sum is at either clip.")
     weight_by_decile: list[float | None] = Field(
         description="Mean weight in each tenth of the samples, first to last; null where no token falls."

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from pear_data.config import BASELINES, WeightSettings
 from pear_data.errors import MismatchError
 from pear_data.schema import STATUS_OK
-from pear_data.stages.findings import Finding, Remedy
+from pear_data.stages.findings import Finding
+from pear_data.stages.remedies import in_words
 from pear_data.stages.spans import spanned_policies
 from pear_data.stages.text import one_line
 from pear_data.store import Store
@@ -80,7 +81,7 @@ class _Ids:
 def drift_findings(store: Store, settings: WeightSettings) -> list[Finding]:
     """The ids on which a weighting's two policies disagree throughout; at most one finding.
 
-    Looks at no more than LOOKED_AT_TOKENS scored tokens of shards spread evenly over the corpus; checksums are left to
+    Looks at about LOOKED_AT_TOKENS scored tokens of shards spread evenly over the corpus; checksums are left to
     `pear-data verify`. Nothing is found of policies scored on tokens of their own: their log-probs are not by id.
 
     Raises:
@@ -93,8 +94,9 @@ def drift_findings(store: Store, settings: WeightSettings) -> list[Finding]:
     shards = [shard for shard in store.stage(CORPUS).shards if shard.rows]
     spread = np.unique(np.linspace(0, len(shards) - 1, min(len(shards), LOOKED_AT_SHARDS)).astype(int))
     for shard in (shards[index] for index in spread):
-        scores = [store.stage(f"scores/{policy}").shard(shard.name) for policy in policies]
-        if None not in scores:
+        scored = [store.stage(f"scores/{policy}").shard(shard.name) for policy in policies]
+        scores = [entry for entry in scored if entry is not None]
+        if len(scores) == len(policies):
             found.add(*_tokens(store, [shard, *scores], LOOKED_AT_TOKENS // len(spread)))
     ids = found.drifting()
     return [_finding(store, found, ids)] if len(ids) else []
@@ -152,14 +154,12 @@ def _finding(store: Store, found: _Ids, ids: Counts) -> Finding:
     more = f" and {len(ids) - SHOWN_IDS} more" if len(ids) > SHOWN_IDS else ""
     shares = found.odd[ids] / found.occurrences[ids]
     remedies = [
-        Remedy(
-            options=[],
-            text="comparing the chat templates and special tokens of both models at these ids "
-            f"(`pear-data show SAMPLE_ID --table`, `{LIST_IDS}`) and scoring again",
+        in_words(
+            "comparing the chat templates and special tokens of both models at these ids "
+            f"(`pear-data show SAMPLE_ID --table`, `{LIST_IDS}`) and scoring again"
         ),
-        Remedy(
-            options=[],
-            text="scoring the policy that has another tokenizer or template with `pear-data score --align bytes`",
+        in_words(
+            "scoring the policy that has another tokenizer or template with `pear-data score --align bytes`"
         ),
     ]
     return Finding.of(
