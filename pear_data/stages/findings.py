@@ -230,6 +230,8 @@ def _noise_floor(
         for policy in audits
     )
     again = mend.in_words("scoring again with --dtype float32")
+    # Wider clips of centered log-ratios would not balance, and make weights drift.
+    can_widen = settings.center == "none"
     if assumed and low <= HALF_PRECISION_NOISE:
         yield Finding.of(
             "noise_floor",
@@ -241,7 +243,7 @@ def _noise_floor(
             [
                 again,
                 mend.in_words("measuring it with `pear-data score --audit 16`"),
-                mend.widen(settings, HALF_PRECISION_NOISE / NOISY_SHARE),
+                *([mend.widen(settings, HALF_PRECISION_NOISE / NOISY_SHARE)] if can_widen else []),
             ],
         )
     elif noise > limit:
@@ -252,5 +254,8 @@ def _noise_floor(
             f"The measured noise of a log-ratio is {noise:.2g} (p99: {known}), "
             f"{percent(noise / smaller_clip(settings.clip_log_ratio))} of the smaller log-ratio clip, so part of the "
             "clipping is noise.",
-            [*([again] if half else []), mend.widen(settings, noise / NOISY_SHARE)],
+            [
+                *([again] if half or not can_widen else []),
+                *([mend.widen(settings, noise / NOISY_SHARE)] if can_widen else []),
+            ],
         )

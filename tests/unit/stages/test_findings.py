@@ -142,6 +142,10 @@ def test_measured_noise_takes_the_place_of_what_half_precision_is_assumed_to_mak
     finding = found_in(store, "block")["noise_floor"]
     assert finding.value == 0.03
     assert "behavior not audited" in finding.text
+    centered = add_weights(store.path, name="centered", center="sample", clip_log_ratio=(-0.02, 0.02))
+    centered.manifest.stages["scores/initial"].decisions = noise(0.03)
+    (remedy,) = found_in(centered, "centered")["noise_floor"].remedies
+    assert remedy.text == "scoring again with --dtype float32"
     wide = add_weights(store.path, name="wide", clip_log_ratio=(-0.5, 0.5))
     wide.manifest.stages["scores/initial"].decisions = noise(0.03)
     assert found_in(wide, "wide") == {}
