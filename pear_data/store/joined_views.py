@@ -18,7 +18,7 @@ from pear_data.store.manifest import CORPUS, Manifest
 from pear_data.store.shown import compared_policies, default_weighting, shown_weightings
 from pear_data.store.sql_text import from_query, literal, no_rows, quoted, select, type_name
 
-# A DuckDB function that connections over a store with such policies have: see `log_ratio_function`.
+# The name that SQL calls `span_ratios.span_log_ratios` by.
 SPAN_LOG_RATIOS = "span_log_ratios"
 
 _KEPT = (
@@ -153,7 +153,9 @@ def tokens_view(manifest: Manifest, seen: Collection[str] | None = None) -> str:
     kept = _kept(columns, seen)
     wanted = {name for column in kept for name in column.lists}
     unnested = [column for name, column in lists.items() if name in wanted]
-    joins = {"k": CORPUS} | {alias: f"scores/{name}" for name, alias in policies.items()}
+    # DuckDB streams what is joined first and keeps the rest in memory: the largest goes first.
+    by_size = sorted(policies, key=lambda name: not _has_spans(manifest, name))
+    joins = {"k": CORPUS} | {policies[name]: f"scores/{name}" for name in by_size}
     joins |= {alias: f"weights/{name}" for name, alias in weightings.items()}
     inner = select(
         # All other lists may be null: this one makes the rows.
@@ -169,17 +171,22 @@ def _log_ratio(manifest: Manifest, policies: dict[str, str]) -> tuple[Column, li
     compared = compared_policies(manifest)
     if not set(compared) <= policies.keys():
         return Column("log_ratio", "NULL::DOUBLE"), []
-    if any(manifest.stages[f"scores/{name}"].settings.get("align") == "bytes" for name in compared):
+    if any(_has_spans(manifest, name) for name in compared):
         target, behavior = (policies[name] for name in compared)
-        arguments = [
-            f"{alias}.{column}" for column in ("logprobs", "span_tokens") for alias in (target, behavior)
-        ]
-        unnested = f"unnest({SPAN_LOG_RATIOS}({', '.join(arguments)}))"
+        logprobs = f"{target}.logprobs, {behavior}.logprobs"
+        spans = (
+            f"{policies[name]}.span_tokens" if _has_spans(manifest, name) else "NULL" for name in compared
+        )
+        unnested = f"unnest({SPAN_LOG_RATIOS}({logprobs}, {', '.join(spans)}))"
         return _unnested("log_ratio", "log_ratio"), [Column("log_ratio", unnested, (target, behavior))]
     lists = [f"logprob_{name}" for name in compared]
     # In double: both are float32, and the log-ratio is what is left of two nearly equal numbers.
     difference = " - ".join(f"s.{quoted(name)}::DOUBLE" for name in lists)
     return Column("log_ratio", difference, lists=tuple(lists)), []
+
+
+def _has_spans(manifest: Manifest, policy: str) -> bool:
+    return manifest.stages[f"scores/{policy}"].settings.get("align") == "bytes"
 
 
 def _unnested(name: str, made_of: str) -> Column:

@@ -1,4 +1,4 @@
-"""Five common questions over a store, by `pear-data sql`'s views and by hand.
+"""Common questions over a store, by `pear-data sql`'s views and by hand.
 
     python tests/benchmarks/weighting_queries.py                       # makes a store of 40M tokens for it
     python tests/benchmarks/weighting_queries.py --spans               # whose teacher has another tokenizer
