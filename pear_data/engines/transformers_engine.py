@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from pear_data.engines.allocator import keep_freed_memory
+from pear_data.allocator import keep_freed_memory
 from pear_data.engines.base import OnTokens
 from pear_data.engines.batching import (
     check_lengths,

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from pear_data.allocator import stay_small, take_arrow_memory_from_heap
 from pear_data.errors import PearError
 from pear_data.runners.base import EngineLostError
 from pear_data.store.manifest import MANIFEST_NAME
@@ -61,6 +62,7 @@ def run_shards(
 def _in_processes(
     work: Callable[[Job], Result], jobs: Sequence[Job], workers: int
 ) -> Generator[Result, None, None]:
+    take_arrow_memory_from_heap()
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks without the threads
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_begin_worker)
     try:
@@ -77,6 +79,7 @@ def _in_processes(
 
 
 def _begin_worker() -> None:
+    stay_small()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -96,9 +99,7 @@ def _on_ray(
     with ray_cluster(address, gpus=0) as resources:
         import ray
 
-        task = ray.remote(_answer).options(
-            **resources, scheduling_strategy="SPREAD", max_retries=RAY_RETRIES
-        )
+        task = ray.remote(_answer).options(**resources, scheduling_strategy="SPREAD", max_retries=RAY_RETRIES)
         waiting = list(reversed(jobs))
         running: list[ray.ObjectRef] = []
         try:

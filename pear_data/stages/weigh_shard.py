@@ -19,7 +19,7 @@ from pear_data.stages.weighing import Weigher, is_ok, summary_rows, weight_rows
 from pear_data.stages.weight_groups import Group, checked, open_groups
 from pear_data.stages.weight_job import Weighting, WeightJob
 from pear_data.store import Store
-from pear_data.store.columns import flat_values
+from pear_data.store.columns import flat_values, read_columns
 from pear_data.store.manifest import Manifest, Shard
 from pear_data.store.shards import parquet_shard, summary_path, summary_shard, totals_path, write_group
 
@@ -55,9 +55,9 @@ def sum_log_ratios(job: WeightJob) -> tuple[float, int]:
     """
     assert job.behavior is not None
     with checked(Store(job.root, Manifest(created_by="")), job) as check:
-        label = pq.read_table(job.root / job.corpus_summary.path, columns=["label"])["label"].to_numpy()
+        label = read_columns(job.root / job.corpus_summary.path, ["label"])["label"].to_numpy()
         target, behavior = (
-            pq.read_table(job.root / shard.file.path, columns=["logprob_sum", "num_scored", "status"])
+            read_columns(job.root / shard.file.path, ["logprob_sum", "num_scored", "status"])
             for shard in (job.target, job.behavior)
         )
         check()

@@ -8,8 +8,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import pyarrow.parquet as pq
-
 from pear_data.config import BASELINES, WeightSettings
 from pear_data.errors import UsageError
 from pear_data.progress import Outcome, Progress
@@ -21,6 +19,7 @@ from pear_data.stages.text_blocks import open_block_cutter
 from pear_data.stages.weigh_shard import sum_log_ratios, sum_weights, weigh_shard
 from pear_data.stages.weight_job import Weighting, WeightJob
 from pear_data.store import Store
+from pear_data.store.columns import read_columns
 from pear_data.store.manifest import CORPUS, Stage
 
 Found = TypeVar("Found")
@@ -114,7 +113,7 @@ def _check_sources(store: Store, settings: WeightSettings, shards: Sequence[Alig
         if not unseen:
             return
         entry = shard.entries[CORPUS]
-        table = pq.read_table(store.file(entry.summary or entry.file), columns=["source"])
+        table = read_columns(store.file(entry.summary or entry.file), ["source"])
         unseen -= set(table["source"].unique().to_pylist())
     if unseen:
         raise UsageError(

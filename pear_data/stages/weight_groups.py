@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from pear_data.errors import MismatchError
 from pear_data.stages.weight_job import WeightJob
 from pear_data.store import Store
+from pear_data.store.columns import read_columns
 from pear_data.store.manifest import FileEntry
 
 Item = TypeVar("Item")
@@ -32,7 +32,7 @@ class Group:
 
 def open_groups(job: WeightJob) -> tuple[list[str], Generator[Group, None, None]]:
     """The sources of a shard, by code, and its row groups, each read while the one before is in use."""
-    corpus = pq.read_table(job.root / job.corpus_summary.path, columns=["sample_id", "source", "label"])
+    corpus = read_columns(job.root / job.corpus_summary.path, ["sample_id", "source", "label"])
     named = corpus["source"].combine_chunks().dictionary_encode()
     return named.dictionary.to_pylist(), _groups(job, corpus.set_column(1, "source", named.indices))
 
@@ -65,31 +65,32 @@ def _groups(job: WeightJob, samples: pa.Table) -> Generator[Group, None, None]:
     if job.needs_text:
         files["text"] = (job.corpus.file, ["sample_id", "input_ids", "loss_mask"])
     first = 0
-    with contextlib.ExitStack() as stack:
-        readers = {
-            role: stack.enter_context(_one_ahead(_row_groups(job.root / entry.path, columns)))
-            for role, (entry, columns) in files.items()
-        }
-        try:
-            for tables in zip(*readers.values(), strict=True):
-                group = dict(zip(readers, tables, strict=True))
-                rows = samples.slice(first, len(group["target"]))
-                first += len(rows)
-                if any(not table["sample_id"].equals(rows["sample_id"]) for table in tables):
-                    raise MismatchError(
-                        f"{job.name}: the stages differ in their rows: run `pear-data verify`"
-                    )
-                yield Group(rows, group["target"], group.get("behavior"), group.get("text"))
-        except ValueError:
-            raise MismatchError(f"{job.name}: stages differ in row groups: run `pear-data verify`") from None
+    with _one_ahead(_in_step(job, files)) as groups:
+        for tables in groups:
+            rows = samples.slice(first, len(tables["target"]))
+            first += len(rows)
+            if any(not table["sample_id"].equals(rows["sample_id"]) for table in tables.values()):
+                raise MismatchError(f"{job.name}: the stages differ in their rows: run `pear-data verify`")
+            yield Group(rows, tables["target"], tables.get("behavior"), tables.get("text"))
     if first != len(samples):
         raise MismatchError(f"{job.name}: the stages differ in their rows: run `pear-data verify`")
 
 
-def _row_groups(path: Path, columns: list[str]) -> Iterator[pa.Table]:
-    with pq.ParquetFile(path, pre_buffer=False) as parquet:
-        for group in range(parquet.num_row_groups):
-            yield parquet.read_row_group(group, columns=columns, use_threads=False)
+def _in_step(job: WeightJob, files: dict[str, tuple[FileEntry, list[str]]]) -> Iterator[dict[str, pa.Table]]:
+    """The row groups of several files, the first of each together, then the second."""
+    with contextlib.ExitStack() as stack:
+        readers = {
+            role: (stack.enter_context(pq.ParquetFile(job.root / entry.path, pre_buffer=False)), columns)
+            for role, (entry, columns) in files.items()
+        }
+        counts = {parquet.num_row_groups for parquet, _ in readers.values()}
+        if len(counts) > 1:
+            raise MismatchError(f"{job.name}: stages differ in row groups: run `pear-data verify`")
+        for index in range(counts.pop()):
+            yield {
+                role: parquet.read_row_group(index, columns=columns, use_threads=False)
+                for role, (parquet, columns) in readers.items()
+            }
 
 
 @contextlib.contextmanager

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 IntArray = npt.NDArray[np.int64]
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a whole Parquet file. (`pyarrow.parquet.read_table` loads another 50 MB of code.)"""
+    with pq.ParquetFile(path, pre_buffer=False) as parquet:
+        return parquet.read(columns=list(columns), use_threads=False)
 
 
 def flat_values(column: pa.ChunkedArray | pa.Array) -> npt.NDArray[Any]:

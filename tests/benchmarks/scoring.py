@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from pear_data.allocator import keep_freed_memory
 from pear_data.engines import packing
-from pear_data.engines.allocator import keep_freed_memory
 from pear_data.engines.batching import spans
 from pear_data.tokens import TokenBatch
 
