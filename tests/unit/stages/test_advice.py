@@ -154,7 +154,7 @@ CASES = {
     "discount": (near, 42, 400, ["--gamma", "0.97"], "decays_with_position saturated"),
     "apart": (apart, 105, 100, [], "low_ess few_sequences"),
     "apart, sequence": (apart, 105, 100, ["--level", "sequence"], "few_sequences"),
-    "outliers": (outliers, 200, 120, ["--gamma", "1"], "low_ess few_sequences top_heavy"),
+    "outliers": (outliers, 112, 120, ["--gamma", "1"], "low_ess few_sequences top_heavy"),
 }
 
 
