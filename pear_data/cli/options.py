@@ -54,7 +54,9 @@ def build(model: type[Model], values: dict[str, Any]) -> Model:
         return model.model_validate(values)
     except ValidationError as error:
         place, message = first_fault(error)
+        inside = ".".join(place[1:])
         where = f"--{place[0].replace('_', '-')}: " if place else ""
+        where += f"{inside}: " if inside and not inside.isdecimal() else ""
         raise UsageError(where + message) from None
 
 

@@ -52,8 +52,8 @@ def checked(store: Store, job: WeightJob) -> Iterator[Callable[[], None]]:
 
         try:
             yield check
-        except (pa.ArrowException, OSError):
-            check()  # what cannot be read is damaged, if anything is
+        except Exception:
+            check()  # what cannot be read or does not fit is damaged, if anything is
             raise
 
 

@@ -81,7 +81,7 @@ def test_sql_answers_the_readme_s_question(job, capsys):
     for source in {sample["source"] for sample in corpus}:
         rows = [w for sample, w in zip(corpus, weights, strict=True) if sample["source"] == source]
         (answer,) = [row for row in got if row["source"] == source]
-        assert answer["w"] == pytest.approx(np.mean([row["weight_mean"] for row in rows]))
+        assert answer["w"] == pytest.approx(np.mean([np.mean(row["weights"]) for row in rows]))
         assert int(answer["n"]) == sum(row["num_scored"] for row in rows)
 
 
@@ -185,3 +185,38 @@ def test_unknown_model_and_missing_choices_are_one_line(job, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert run(["score", "--policy", "x", *store]) == 2
     assert "give either --model M, or --from-field F" in capsys.readouterr().err
+
+
+def test_several_levels_are_made_in_one_pass(job, capsys):
+    store = str(job / "store")
+    several = ["--level", "token", "--level", "block", "--level", "dft", "--block-by", "sentences"]
+    assert run(["weight", "--store", store, *several, "--name", "one"]) == 2
+    assert "--name: several levels cannot share a name" in capsys.readouterr().err
+    assert run(["weight", "--store", store, *several, "--overwrite"]) in (0, 3)
+    for level in ("token", "dft"):
+        assert run(["weight", "--store", store, "--level", level, "--name", f"{level}-alone"]) in (0, 3)
+    found = open_store(job / "store")
+    for level in ("token", "dft"):
+        assert found.weights[level].to_table().equals(found.weights[f"{level}-alone"].to_table())
+    assert found.stage("weights/block").settings["block_by"] == "sentences"
+    assert "block_by" not in found.stage("weights/token").settings
+
+
+def test_sources_options_come_from_a_file(job, capsys, tmp_path):
+    store, options = str(job / "store"), tmp_path / "sources.yaml"
+    source = open_store(job / "store").corpus.to_table()["source"][0].as_py()
+    options.write_text(f"{source}: {{gamma: 1, clip_log_ratio: [-0.2, 0.3]}}\n")
+    assert run(["weight", "--store", store, "--per-source", str(options), "--name", "own"]) in (0, 3)
+    kept = open_store(job / "store").stage("weights/own").settings["per_source"]
+    assert kept == {source: {"gamma": 1, "clip_log_ratio": [-0.2, 0.3], "clip_log_weight": None}}
+    for text, fault in (
+        ("x: {gamma: 2}", "gamma"),
+        ("- x", "per-source"),
+        ("x: {", "not valid YAML"),
+        ("x: {y: 1}", "y"),
+    ):
+        options.write_text(text)
+        assert run(["weight", "--store", store, "--per-source", str(options), "--name", "bad"]) == 2
+        error = capsys.readouterr().err
+        assert fault in error
+        assert "Traceback" not in error
