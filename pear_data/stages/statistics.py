@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pear_data.config import WeightSettings
+from pear_data.config import BASELINES, WeightSettings
 from pear_data.errors import UsageError
 from pear_data.schema import DECILES
 from pear_data.stages.divergence import bounded_exp, chi2_mean, k3_mean
@@ -39,7 +39,8 @@ _FROM_HISTOGRAM = "from the histogram of d, as a rule within 0.1 % of its value"
 class DecileStatistics(BaseModel):
     """Diagnostics of one tenth of the samples by position: the first tenth of every sample's scored tokens, and so on.
 
-    Numbers are null where no token falls into it, and where they need a behavior policy that is not there.
+    Numbers are null where no token falls into it, where they need a behavior policy that is not there, and, of clips,
+    for a baseline.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -58,7 +59,7 @@ class GroupStatistics(BaseModel):
     """Diagnostics of the whole corpus or of one source. Shares lie between 0 and 1; logarithms are natural.
 
     Numbers are over the scored tokens of samples with label 1 and status ok, and null where there are none. Those of
-    log-ratios are null too for a baseline without a behavior policy.
+    log-ratios are null too for a baseline without a behavior policy, those of clips for any baseline.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -164,8 +165,11 @@ def statistics(store: Store, names: Sequence[str] | None = None) -> list[Weighti
 def summarise(store: Store, measured: Measured) -> WeightingStatistics:
     """The diagnostics of a weighting's totals."""
     whole = measured.whole()
-    corpus = Group(_group(None, whole), whole)
-    sources = [Group(_group(source, totals), totals) for source, totals in sorted(measured.sources.items())]
+    clips = measured.settings.level not in BASELINES
+    corpus = Group(_group(None, whole, clips), whole)
+    sources = [
+        Group(_group(source, totals, clips), totals) for source, totals in sorted(measured.sources.items())
+    ]
     keys = {policy: f"scores/{policy}" for policy in (measured.settings.target, measured.settings.behavior)}
     # A baseline needs no behavior policy.
     stages = {
@@ -186,7 +190,8 @@ def summarise(store: Store, measured: Measured) -> WeightingStatistics:
     )
 
 
-def _group(source: str | None, totals: Totals) -> GroupStatistics:
+def _group(source: str | None, totals: Totals, clips: bool) -> GroupStatistics:
+    """`clips` says whether the weighting does, so that there are shares to tell."""
     counted = {
         "source": source,
         "samples": totals.samples,
@@ -198,13 +203,14 @@ def _group(source: str | None, totals: Totals) -> GroupStatistics:
         lists: dict[str, list[float]] = {"weight_by_decile": [], "by_decile": []}
         empty = dict.fromkeys(set(GroupStatistics.model_fields) - set(counted) - set(lists))
         return GroupStatistics.model_validate({**counted, **empty, **lists})
-    deciles = [_decile(totals, tenth) for tenth in range(DECILES)]
+    deciles = [_decile(totals, tenth, clips) for tenth in range(DECILES)]
     return GroupStatistics.model_validate(
         {
             **counted,
             **_weight_numbers(totals),
             **_policy_numbers(totals),
             **(_ratio_numbers(totals) if totals.log_ratios.total else dict.fromkeys(_RATIO_NUMBERS)),
+            **({} if clips else dict.fromkeys(_CLIP_NUMBERS)),
             "weight_by_decile": [tenth.weight_mean for tenth in deciles],
             "by_decile": deciles,
         }
@@ -272,13 +278,17 @@ def _quantiles(prefix: str, histogram: Histogram) -> dict[str, float]:
     }
 
 
+_CLIP_NUMBERS = (
+    *("log_ratio_clipped_low", "log_ratio_clipped_high"),
+    *("log_weight_clipped_low", "log_weight_clipped_high", "saturated"),
+)
 _RATIO_NUMBERS = (
     *(f"log_ratio_{name}" for name in ("mean", "min", *QUANTILES, "max", "clipped_low", "clipped_high")),
     *("kl", "k3_kl", "chi2_token", "chi2_seq", "ppl_ratio", "log_ppl_diff"),
 )
 
 
-def _decile(totals: Totals, tenth: int) -> DecileStatistics:
+def _decile(totals: Totals, tenth: int, clips: bool) -> DecileStatistics:
     tokens = int(totals.decile_tokens[tenth])
     if not tokens:
         names = set(DecileStatistics.model_fields) - {"tokens"}
@@ -291,8 +301,10 @@ def _decile(totals: Totals, tenth: int) -> DecileStatistics:
         ess_ratio=None if ess is None else ess / tokens,
         weight_mean=float(totals.decile_weight[tenth]) / tokens,
         log_ratio_mean=log_ratio if is_known else None,
-        log_ratio_clipped_low=int(totals.decile_ratio_low[tenth]) / tokens if is_known else None,
-        log_ratio_clipped_high=int(totals.decile_ratio_high[tenth]) / tokens if is_known else None,
-        saturated=int(totals.decile_weight_low[tenth] + totals.decile_weight_high[tenth]) / tokens,
+        log_ratio_clipped_low=int(totals.decile_ratio_low[tenth]) / tokens if clips else None,
+        log_ratio_clipped_high=int(totals.decile_ratio_high[tenth]) / tokens if clips else None,
+        saturated=int(totals.decile_weight_low[tenth] + totals.decile_weight_high[tenth]) / tokens
+        if clips
+        else None,
         ppl_ratio=bounded_exp(-log_ratio) if is_known else None,
     )

@@ -243,13 +243,25 @@ def test_a_baseline_needs_no_behavior_policy(make_store, samples, level):
     unknown = {name for name, value in corpus.model_dump().items() if value is None}
     assert unknown == {
         *(name for name in type(corpus).model_fields if name.startswith("log_ratio_")),
+        *("log_weight_clipped_low", "log_weight_clipped_high", "saturated"),
         *("source", "kl", "k3_kl", "chi2_token", "chi2_seq", "ppl_behavior", "ppl_ratio", "log_ppl_diff"),
     }
-    assert all(tenth.ppl_ratio is None and tenth.weight_mean is not None for tenth in corpus.by_decile)
+    assert all(
+        tenth.ppl_ratio is None and tenth.saturated is None and tenth.weight_mean is not None
+        for tenth in corpus.by_decile
+    )
     assert (found.findings, list(found.audits)) == ([], ["initial"])
     assert "NaN" not in found.model_dump_json()
     assert statistics_table([found]).row_count == len(ROWS)
     assert decile_table(found).row_count == 10
+
+
+def test_a_baseline_clips_nothing(make_store, samples):
+    (found,) = statistics(add_weights(make_store(many(samples, 60)), level="dft"))
+    corpus = found.corpus
+    assert corpus.kl == pytest.approx(0.05, abs=0.05)
+    assert (corpus.log_ratio_clipped_low, corpus.saturated, corpus.log_weight_clipped_high) == (None,) * 3
+    assert {tenth.log_ratio_clipped_high for tenth in corpus.by_decile} == {None}
 
 
 def test_command_line(make_store, samples, capsys):
