@@ -1,6 +1,7 @@
 """The compiled pass behind every weight (numba): from log-probs to weights, their sums and histograms in one go.
 
-Sums are float64. All is single-threaded and lets go of Python's lock, so that reading and writing go on beside it.
+Sums are float64. All is single-threaded and lets go of Python's lock, so that reading and writing go on beside it. It
+is one module, because what was compiled is kept until this very file changes.
 """
 
 from __future__ import annotations

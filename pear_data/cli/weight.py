@@ -7,7 +7,6 @@ from typing import Any, get_args
 
 import click
 
-from pear_data.allocator import stay_small
 from pear_data.cli.options import build, common_options, finish, settings_options
 from pear_data.config import WeightLevel, WeightSettings
 from pear_data.errors import UsageError
@@ -42,7 +41,6 @@ def command(store: Path, levels: tuple[str, ...], overwrite: bool, **options: An
       pear-data weight --block-by sentences --normalize corpus --name steps
       pear-data weight --level sequence --clip-log-weight -5 2
     """
-    stay_small()
     from pear_data.cli.terminal import TerminalProgress
     from pear_data.stages.weight import weight_all
     from pear_data.store import writable_store

@@ -29,7 +29,7 @@ RAY_RETRIES = 3
 
 
 def default_workers(shards: int, tokens: int) -> int:
-    """Processes worth starting here for so many shards and tokens; 1 means to do without."""
+    """Processes worth having at work here for so many shards and tokens."""
     cores = len(os.sched_getaffinity(0))
     return max(1, min(cores, DEFAULT_WORKERS, shards, -(-tokens // TOKENS_WORTH_A_PROCESS)))
 
@@ -38,6 +38,7 @@ def run_shards(
     work: Callable[[Job], Result],
     jobs: Sequence[Job],
     *,
+    tokens: int,
     workers: int,
     runner: Literal["local", "ray"],
     ray_address: str | None,
@@ -47,6 +48,7 @@ def run_shards(
 
     Args:
         work: a function of a module; it and the jobs travel to other processes.
+        tokens: what all jobs hold; few of them are worked on in this process, where one worker is asked for.
         root: the store that the jobs read and write, on Ray under the same path on every node.
 
     Raises:
@@ -54,7 +56,7 @@ def run_shards(
     """
     if runner == "ray":
         return _on_ray(work, jobs, workers, ray_address, root)
-    if workers == 1 or len(jobs) == 1:
+    if workers == 1 and tokens < TOKENS_WORTH_A_PROCESS:
         return (work(job) for job in jobs)
     return _in_processes(work, jobs, workers)
 

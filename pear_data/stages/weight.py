@@ -232,6 +232,7 @@ def _run(
     return run_shards(
         work,
         jobs,
+        tokens=tokens,
         workers=workers,
         runner=settings.runner,
         ray_address=settings.ray_address,

@@ -162,4 +162,8 @@ def test_shards_are_weighted_on_all_nodes(cluster, store, tmp_path):
     assert here == there
     unseen = tmp_path / "elsewhere"
     with pytest.raises(PearError, match=f"node .* does not see {unseen}"):
-        list(run_shards(len, ["a", "b"], workers=2, runner="ray", ray_address=cluster.address, root=unseen))
+        list(
+            run_shards(
+                len, ["a", "b"], tokens=2, workers=2, runner="ray", ray_address=cluster.address, root=unseen
+            )
+        )
