@@ -23,6 +23,8 @@ Result = TypeVar("Result")
 
 # A process takes about a second to start, which a core needs for as many tokens.
 TOKENS_WORTH_A_PROCESS = 20_000_000
+# Beyond that the memory of a process counts for more than its start does.
+TOKENS_DONE_HERE = 4_000_000
 # Several share a disk; more than this seldom help, and each takes up to 300 MB.
 DEFAULT_WORKERS = 8
 RAY_RETRIES = 3
@@ -56,7 +58,7 @@ def run_shards(
     """
     if runner == "ray":
         return _on_ray(work, jobs, workers, ray_address, root)
-    if workers == 1 and tokens < TOKENS_WORTH_A_PROCESS:
+    if workers == 1 and tokens <= TOKENS_DONE_HERE:
         return (work(job) for job in jobs)
     return _in_processes(work, jobs, workers)
 
