@@ -20,6 +20,7 @@ STATUS_FAILED = "failed"  # the engine dies of it
 STATUS_UNALIGNED = "unaligned"  # a policy of another tokenizer or template reads another text
 STATUS_UNSCORED = "unscored"
 STATUS_DROPPED = "dropped"
+WEIGHT_STATUSES = (STATUS_OK, STATUS_UNSCORED, STATUS_DROPPED)
 
 
 def _list_of(element: pa.DataType) -> pa.DataType:

@@ -69,8 +69,8 @@ class GroupSums:
 
     counts: npt.NDArray[np.int64]  # [S, 5, 10], by tenth of a sample
     sums: FloatArray  # [S, 5, 10]
-    log_ratios: npt.NDArray[np.int32]  # [S, BINS] tokens by bin of their log-ratio
-    weights: npt.NDArray[np.int32]  # [S, BINS] tokens by bin of their weight
+    log_ratios: npt.NDArray[np.int32]  # [S, 2, BINS] tokens by bin of their log-ratio, in two halves
+    weights: npt.NDArray[np.int32]  # [S, 2, BINS] tokens by bin of their weight, likewise
 
     @classmethod
     def zeros(cls, groups: int) -> GroupSums:
@@ -79,8 +79,8 @@ class GroupSums:
         return cls(
             np.zeros((groups, 5, 10), dtype=np.int64),
             np.zeros((groups, 5, 10)),
-            np.zeros((groups, BINS), dtype=np.int32),
-            np.zeros((groups, BINS), dtype=np.int32),
+            np.zeros((groups, 2, BINS), dtype=np.int32),
+            np.zeros((groups, 2, BINS), dtype=np.int32),
         )
 
 

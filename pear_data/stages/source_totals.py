@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from pear_data import kernels
 from pear_data.binning import bins_of
-from pear_data.schema import STATUS_DROPPED, STATUS_OK, STATUS_UNSCORED, WEIGHT_TOTALS
+from pear_data.schema import WEIGHT_STATUSES, WEIGHT_TOTALS
 from pear_data.store.columns import list_column
 from pear_data.weighting import GroupSums, SampleSums
 
@@ -35,9 +35,7 @@ class SourceTotals:
     def __init__(self, sources: list[str], has_behavior: bool) -> None:
         self._sources, self._has_behavior = sources, has_behavior
         count = len(sources)
-        self._statuses = {
-            status: np.zeros(count, np.int64) for status in (STATUS_OK, STATUS_UNSCORED, STATUS_DROPPED)
-        }
+        self._statuses = {status: np.zeros(count, np.int64) for status in WEIGHT_STATUSES}
         self._samples, self._negatives = np.zeros(count, np.int64), np.zeros(count, np.int64)
         self._mean, self._mean_square, self._ratio_square = np.zeros((3, count))
         self._minimum, self._maximum = (
@@ -54,12 +52,10 @@ class SourceTotals:
             "sample_weight": [],
         }
 
-    def count_rows(
-        self, codes: Codes, status: npt.NDArray[np.object_], negative: npt.NDArray[np.bool_]
-    ) -> None:
-        """Count rows [n] of sources `codes`."""
-        for name, counts in self._statuses.items():
-            counts += np.bincount(codes[status == name], minlength=len(counts))
+    def count_rows(self, codes: Codes, status: npt.NDArray[np.int8], negative: npt.NDArray[np.bool_]) -> None:
+        """Count rows [n] of sources `codes`; `status` are indices into WEIGHT_STATUSES."""
+        for index, counts in enumerate(self._statuses.values()):
+            counts += np.bincount(codes[status == index], minlength=len(counts))
         self._negatives += np.bincount(codes[negative], minlength=len(self._negatives))
 
     def runs(self, codes: Codes) -> Iterator[tuple[slice, Codes, GroupSums]]:
@@ -91,7 +87,7 @@ class SourceTotals:
             np.minimum.at(self._minimum[row], codes, found.sums[:, least])
             np.maximum.at(self._maximum[row], codes, found.sums[:, greatest])
         keys = codes << BIN_BITS | bins_of(weight.astype(np.float32))
-        self._kept["sample_weight"].append(_merged([(keys, np.ones(len(keys), np.int64))]))
+        self._kept["sample_weight"].append(np.unique(keys, return_counts=True))
 
     def table(self) -> pa.Table:
         """One row per source (schema: `pear_data.schema.WEIGHT_TOTALS`)."""
@@ -144,10 +140,11 @@ class SourceTotals:
         held, filling = self._held, self._filling
         self._counts[held] += filling.counts[: len(held)]
         self._sums[held] += filling.sums[: len(held)]
-        for quantity, histograms in (("log_ratio", filling.log_ratios), ("weight", filling.weights)):
-            slots, bins = np.nonzero(histograms[: len(held)])
-            kept = self._kept[quantity]
-            kept.append((held[slots] << BIN_BITS | bins, histograms[slots, bins].astype(np.int64)))
+        order = np.argsort(held)
+        for quantity, halves in (("log_ratio", filling.log_ratios), ("weight", filling.weights)):
+            counts = halves[order].sum(axis=1, dtype=np.int64)
+            rows, bins = np.nonzero(counts)
+            kept = [*self._kept[quantity], (held[order][rows] << BIN_BITS | bins, counts[rows, bins])]
             self._kept[quantity] = [_merged(kept)]
         for array in (filling.counts, filling.sums, filling.log_ratios, filling.weights):
             array[: len(held)] = 0
@@ -155,9 +152,11 @@ class SourceTotals:
 
 
 def _merged(parts: list[tuple[Codes, Codes]]) -> tuple[Codes, Codes]:
-    """Keys, ascending, each once, with the sum of its counts."""
+    """Keys, ascending, each once, with the sum of its counts; a single part is so already."""
     if not parts:
         return np.empty(0, np.int64), np.empty(0, np.int64)
+    if len(parts) == 1:
+        return parts[0]
     keys, place = np.unique(np.concatenate([key for key, _ in parts]), return_inverse=True)
     counts = np.bincount(place, np.concatenate([count for _, count in parts]), len(keys))
     return keys, counts.astype(np.int64)

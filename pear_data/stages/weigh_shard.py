@@ -6,7 +6,6 @@ Every file that is read is checked against its sha256 meanwhile, and nothing is 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_data.schema import STATUS_OK, WEIGHT_SUMMARY, WEIGHT_TOTALS, WEIGHTS
+from pear_data.schema import WEIGHT_STATUSES, WEIGHT_SUMMARY, WEIGHT_TOTALS, WEIGHTS
 from pear_data.stages.weighing import Weigher, is_ok, summary_rows, weight_rows
 from pear_data.stages.weight_groups import Group, checked, open_groups
 from pear_data.stages.weight_job import Weighting, WeightJob
@@ -105,7 +104,7 @@ class _Lane:
         )
         self._thread = files.enter_context(ThreadPoolExecutor(1))
         self._writing: Future[None] | None = None
-        self._statuses: Counter[str] = Counter()
+        self._statuses = np.zeros(len(WEIGHT_STATUSES), np.int64)
         self._weighted = 0
 
     def take(self, group: Group) -> None:
@@ -114,8 +113,8 @@ class _Lane:
         self._written()
         self._writing = self._thread.submit(write_group, self._writer, weight_rows(group, weighed))
         self._summaries.add(summary_rows(group, weighed))
-        self._statuses.update(weighed.status.tolist())
-        self._weighted += int(weighed.lengths[weighed.status[weighed.scored] == STATUS_OK].sum())
+        self._statuses += np.bincount(weighed.status, minlength=len(WEIGHT_STATUSES))
+        self._weighted += int(weighed.lengths[weighed.is_ok[weighed.scored]].sum())
 
     def finish(self) -> None:
         """Write what is left."""
@@ -129,10 +128,12 @@ class _Lane:
             file=store.entry_of(self._part),
             summary=store.entry_of(self._summary),
             totals=store.entry_of(self._totals),
-            rows=self._statuses.total(),
+            rows=int(self._statuses.sum()),
             num_tokens=self._weighted,
             num_scored=self._weighted,
-            counts=dict(sorted(self._statuses.items())),
+            counts={
+                name: int(count) for name, count in zip(WEIGHT_STATUSES, self._statuses, strict=True) if count
+            },
             inputs=self._job.inputs,
         )
 

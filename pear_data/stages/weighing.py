@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pear_data import kernels
 from pear_data.config import BASELINES
 from pear_data.errors import MismatchError
-from pear_data.schema import FLOATS, STATUS_DROPPED, STATUS_OK, STATUS_UNSCORED, WEIGHT_SUMMARY, WEIGHTS
+from pear_data.schema import FLOATS, STATUS_OK, WEIGHT_STATUSES, WEIGHT_SUMMARY, WEIGHTS
 from pear_data.stages.source_totals import SourceTotals
 from pear_data.stages.spans import compared_spans
 from pear_data.stages.weight_groups import Group
@@ -23,6 +24,8 @@ from pear_data.weighting import LEVELS, SampleOptions, SampleSums, weigh
 Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 
+_OK, _UNSCORED, _DROPPED = map(np.int8, range(len(WEIGHT_STATUSES)))
+_STATUSES = pa.array(WEIGHT_STATUSES)
 _SAMPLE_COLUMNS: tuple[tuple[str, str, int], ...] = (
     ("log_ratio_sum", "sums", kernels.LOG_RATIO_SUM),
     ("weight_sum", "sums", kernels.WEIGHT),
@@ -45,7 +48,12 @@ class Weighed:
     lengths: Counts  # [n]
     weights: Floats  # [N]
     found: SampleSums
-    status: npt.NDArray[np.object_]  # [rows]
+    status: npt.NDArray[np.int8]  # [rows], index into WEIGHT_STATUSES
+
+    @property
+    def is_ok(self) -> npt.NDArray[np.bool_]:
+        """[rows] whether each has the status ok."""
+        return np.equal(self.status, _OK)
 
 
 class Weigher:
@@ -67,10 +75,9 @@ class Weigher:
         if group.behavior is not None:
             scored &= is_ok(group.behavior)
         negative = group.samples["label"].to_numpy() < 0
-        status = np.full(len(scored), STATUS_UNSCORED, dtype=object)
-        status[scored] = STATUS_OK
+        status = np.where(scored, _OK, _UNSCORED)
         if not settings.negative_scale:
-            status[scored & negative] = STATUS_DROPPED
+            status[scored & negative] = _DROPPED
         codes = group.samples["source"].to_numpy().astype(np.int64)
         self.totals.count_rows(codes, status, negative)
         lengths = group.target["num_scored"].to_numpy()[scored].astype(np.int64)
@@ -155,7 +162,7 @@ def weight_rows(group: Group, weighed: Weighed) -> pa.Table:
         group.target["sample_id"],
         list_column(weighed.weights, lengths, FLOATS, weighed.scored),
         group.target["num_scored"],
-        pa.array(weighed.status, type=pa.string()),
+        _STATUSES.take(pa.array(weighed.status)),
     ]
     return pa.table(columns, schema=WEIGHTS)
 
@@ -165,7 +172,7 @@ def summary_rows(group: Group, weighed: Weighed) -> pa.Table:
     columns: dict[str, Any] = {
         "sample_id": group.target["sample_id"],
         "num_scored": group.target["num_scored"],
-        "status": pa.array(weighed.status, type=pa.string()),
+        "status": _STATUSES.take(pa.array(weighed.status)),
     }
     for name, kind, index in _SAMPLE_COLUMNS:
         values = getattr(weighed.found, kind)[:, index]
@@ -199,4 +206,4 @@ def _of_rows(table: pa.Table, rows: npt.NDArray[np.bool_]) -> pa.Table:
 
 def is_ok(scores: pa.Table) -> npt.NDArray[np.bool_]:
     """The rows that a policy could score."""
-    return np.asarray(scores["status"].to_numpy(zero_copy_only=False) == STATUS_OK, dtype=np.bool_)
+    return np.asarray(pc.equal(scores["status"], STATUS_OK).to_numpy(), dtype=np.bool_)
