@@ -36,8 +36,8 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_result(tmp_path, run, die
     total = len(writes)
     wanted = content(tmp_path / "whole")
     quarantines = sum(shard["quarantine"] is not None for shard in wanted[0]["shards"])
-    # The manifest twice, three files of the tokenizer, its vocabulary and entry; a part and an entry per shard.
-    assert total == 2 + 5 + 2 * len(wanted[0]["shards"]) + quarantines + 1
+    # The manifest twice, three files of the tokenizer, its vocabulary and entry; per shard a part, a summary, an entry.
+    assert total == 2 + 5 + 3 * len(wanted[0]["shards"]) + quarantines + 1
     assert (len(wanted[0]["shards"]), quarantines) == (4, 4)
     for n in range(1, total + 1):
         store = f"killed-{n}"
@@ -54,7 +54,7 @@ def test_a_run_killed_at_every_write_in_turn_gets_there(tmp_path, run, die_at):
     die_at(None)
     run(*corpus, shard_tokens=1000, store="whole")
     for attempt in range(100):
-        die_at(4 if attempt else 10)  # far enough for one shard, the first time behind the tokenizer
+        die_at(5 if attempt else 11)  # far enough for one shard, the first time behind the tokenizer
         try:
             run(*corpus, shard_tokens=1000)
         except KilledError:
@@ -196,7 +196,7 @@ def test_standard_input_resumes_too(tmp_path, run, read, monkeypatch, die_at):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(packed)))
 
     give()
-    die_at(10)
+    die_at(11)
     with pytest.raises(KilledError):
         run("-", shard_tokens=1000)
     give()
