@@ -125,7 +125,7 @@ class Store:
                 yield parquet.read_row_group(group, columns=list(columns) if columns else None)
 
     def sql(self, query: str) -> pa.Table:
-        """The whole result of one DuckDB query over the views `corpus`, `scores`, `weights`, `samples`, `tokens`.
+        """The whole result of one DuckDB query over the store's views, see `pear_data.store.view_sql`.
 
         Raises:
             UsageError: the query is not a single reading statement.
