@@ -164,7 +164,9 @@ class WeightSettings(Settings):
         "tokens",
         description="What a block is (block level): so many tokens, or a piece of the response's text.",
     )
-    block_size: int = Field(4, ge=1, description="Tokens per block, where blocks are by tokens.")
+    block_size: int = Field(
+        4, ge=1, le=2**31 - 1, description="Tokens per block, where blocks are by tokens."
+    )
     block_regex: str | None = Field(
         None, description="Python regular expression; a block ends where a match ends (--block-by regex)."
     )
@@ -218,11 +220,16 @@ class WeightSettings(Settings):
             raise ValueError(f"block_by goes with level block, not {self.level}")
         if (self.block_by == "regex") != (self.block_regex is not None):
             raise ValueError("block_by regex and block_regex go together")
+        if self.block_by != "tokens" and self.block_size != type(self).model_fields["block_size"].default:
+            raise ValueError(f"block_size goes with block_by tokens, not {self.block_by}")
         if self.block_regex is not None:
             try:
                 re.compile(self.block_regex)
-            except re.error as error:
+                self.block_regex.encode()
+            except (re.error, UnicodeEncodeError) as error:
                 raise ValueError(f"block_regex is no regular expression: {error}") from None
+            if not self.block_regex:
+                raise ValueError("block_regex is empty, so that no block would end before its turn does")
         return self
 
     @model_validator(mode="after")

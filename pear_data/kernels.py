@@ -82,7 +82,7 @@ def weigh_samples(
         scale: [n] float64 factor of the weights; with `scale_samples` each sample's are first given a mean of 1.
         weights: [N] float32, filled.
         counts, sums: [groups, 5, 10] int64 and float64, added to.
-        ratio_histogram, weight_histogram: [groups, 2, BINS] int32, each in two halves, added to.
+        ratio_histogram, weight_histogram: [groups, 2, BINS] int32, each in two halves, added to; or [0, 2, BINS].
         sample_counts, sample_sums: [n, 5] int64 and [n, 10] float64, filled.
         scratch: [2, M] float64 for the longest sample's M tokens; so `bins` [M] uint16.
     """
@@ -335,7 +335,7 @@ def _count(values: Any, bins: Any, group: int, histogram: Any) -> Any:
         least = place if place < least else least
         greatest = place if place > greatest else greatest
         bins[t] = np.uint16((place + HALF) >> SHIFT)
-    if group >= 0:
+    if 0 <= group < len(histogram):
         # Neighbours are often alike, and adding to what was just written waits.
         for t in range(len(values) - 1, 0, -2):
             histogram[group, 0, bins[t]] += 1
@@ -365,7 +365,7 @@ def _count_units(
         place = _sortable(unit_weight[k] * factor)
         least = place if place < least else least
         greatest = place if place > greatest else greatest
-        if group >= 0:
+        if 0 <= group < len(histogram):
             histogram[group, k % 2, (place + HALF) >> SHIFT] += last - first
         first = last
     return _from_sortable(least), _from_sortable(greatest)

@@ -73,14 +73,15 @@ class GroupSums:
     weights: npt.NDArray[np.int32]  # [S, 2, BINS] tokens by bin of their weight, likewise
 
     @classmethod
-    def zeros(cls, groups: int) -> GroupSums:
+    def zeros(cls, groups: int, *, histograms: bool = True) -> GroupSums:
+        """Nothing yet; without `histograms` these have no rows and stay so."""
         from pear_data.binning import BINS
 
         return cls(
             np.zeros((groups, 5, 10), dtype=np.int64),
             np.zeros((groups, 5, 10)),
-            np.zeros((groups, 2, BINS), dtype=np.int32),
-            np.zeros((groups, 2, BINS), dtype=np.int32),
+            np.zeros((groups if histograms else 0, 2, BINS), dtype=np.int32),
+            np.zeros((groups if histograms else 0, 2, BINS), dtype=np.int32),
         )
 
 
@@ -144,6 +145,7 @@ def importance_weights(
     lengths_n = lengths_n[lengths_n > 0]
     spans = None if span_lengths is None else _checked_pieces("span_lengths", span_lengths, lengths_n)
     blocks = None if block_lengths is None else _checked_pieces("block_lengths", block_lengths, lengths_n)
+    block_size = min(block_size, len(target_N) + 1)  # beyond that it says no more, and might overflow
     options = SampleOptions.alike(len(lengths_n), level, block_size, gamma, clip_log_ratio, clip_log_weight)
     weights_N = np.empty(len(target_N), dtype=np.float32)
     weigh(

@@ -21,6 +21,7 @@ _OF_BLOCKS = ("block_by", "block_regex")
     "levels",
     type=click.Choice(get_args(WeightLevel)),
     multiple=True,
+    envvar="PEAR_WEIGHT_LEVEL",
     default=[WeightSettings.model_fields["level"].default],
     show_default=True,
     help=f"{WeightSettings.model_fields['level'].description} Given again: several weightings in one pass.",

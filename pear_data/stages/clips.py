@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 from pear_data.config import Bounds, WeightSettings
+from pear_data.stages.histogram import Floats, Integers
 from pear_data.stages.measure import Totals
 
 # Widest clip worth proposing: the method's own lower one.
@@ -61,13 +62,14 @@ def _reach(settings: WeightSettings) -> float:
 
 def _clips_of_mean(totals: Totals, center: float, mean: float, widest: float) -> Bounds:
     """Clips no wider than `widest` under which centered log-ratios have this mean, or come as near to it as can be."""
-    too_high = mean_clipped(totals, (-widest, widest), center) > mean
+    values, counts = totals.log_ratios.means - center, totals.log_ratios.counts
+    too_high = _mean_clipped(values, counts, (-widest, widest)) > mean
     nearest, farthest = 0.0, widest
     for _ in range(_BISECTIONS):
         middle = (nearest + farthest) / 2
         clips = (-widest, middle) if too_high else (-middle, widest)
         # Whichever side is drawn in, the mean comes towards the one asked for, and goes past it where it is too much.
-        is_wide = (mean_clipped(totals, clips, center) > mean) == too_high
+        is_wide = (_mean_clipped(values, counts, clips) > mean) == too_high
         nearest, farthest = (nearest, middle) if is_wide else (middle, farthest)
     return (-widest, nearest) if too_high else (-nearest, widest)
 
@@ -89,5 +91,8 @@ def length(totals: Totals) -> float:
 def mean_clipped(totals: Totals, clips: Bounds, center: float = 0.0) -> float:
     """Mean of the log-ratios less `center`, clipped."""
     histogram = totals.log_ratios
-    clipped = np.clip(histogram.means - center, *clips)
-    return float(histogram.counts @ clipped) / histogram.total
+    return _mean_clipped(histogram.means - center, histogram.counts, clips)
+
+
+def _mean_clipped(values: Floats, counts: Integers, clips: Bounds) -> float:
+    return float(counts @ np.clip(values, *clips)) / int(counts.sum())

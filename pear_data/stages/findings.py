@@ -25,6 +25,8 @@ HALF_PRECISION_NOISE = 0.08
 # Remedies aim this many times beyond a threshold, not at it.
 MARGIN = 2.0
 SHOWN_SOURCES = 5
+# No more sources are looked at one by one, the largest: each takes milliseconds.
+MOST_SOURCES = 100
 
 
 class Finding(BaseModel):
@@ -72,7 +74,7 @@ def findings(
 
     Args:
         corpus: the whole corpus.
-        sources: each source.
+        sources: each source; the MOST_SOURCES largest are looked at.
         settings: how the weights were made; remedies already in use are not proposed.
         dtypes: precision each policy was scored in, by policy ("" where unknown).
         audits: measured noise of each policy's log-probs, by policy (None where it was not audited).
@@ -82,6 +84,8 @@ def findings(
     if settings.level in BASELINES:
         return []  # They are what weights are held against; no option of theirs would mend anything.
     found = [*_noise_floor(settings, dtypes, audits)]
+    if len(sources) > MOST_SOURCES:
+        sources = sorted(sources, key=lambda group: -group.statistics.scored_tokens)[:MOST_SOURCES]
     by_name = {str(group.statistics.source): group for group in sources}
     for check in CHECKS:
         found += _found(check, corpus, by_name, settings)
@@ -99,7 +103,8 @@ def _found(
         if (found := check(group, mend.of_source(settings, name))) is not None
     }
     shown = ", ".join(list(faults)[:SHOWN_SOURCES]) + (", ..." if len(faults) > SHOWN_SOURCES else "")
-    some = f"{len(faults)} of {len(sources)} sources ({shown})"
+    largest = "largest " if len(sources) == MOST_SOURCES else ""
+    some = f"{len(faults)} of {len(sources)} {largest}sources ({shown})"
     hits = {name: sources[name] for name in faults}
     if fault is not None and len(faults) in (0, len(sources)):
         remedies = _corpus_remedies(fault.code, corpus, sources, settings)

@@ -75,7 +75,7 @@ def report(store: Store, settings: ReportSettings) -> Outcome:
         MismatchError: an artefact differs from its manifest.
         PearError: the disk refused.
     """
-    names = [settings.weights] if settings.weights else store.manifest.names("weights")
+    names = [settings.weights] if settings.weights else store.manifest.begun("weights")
     if not names:
         raise UsageError(f"{store.path} has no weights yet: make some with `pear-data weight`")
     page = render(store, names)

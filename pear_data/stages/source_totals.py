@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -19,9 +17,12 @@ SLOTS = 32
 # Log-ratios are bounded at this inside exp, so that a wild one shows as a huge number and not as infinity.
 EXP_BOUND = 300.0
 BIN_BITS = 16
+# Parts of histograms that may wait to be added up: it costs about as much for one as for many.
+WAITING = 64
 
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Values = npt.NDArray[np.float32]
 
 
 class SourceTotals:
@@ -58,18 +59,40 @@ class SourceTotals:
             counts += np.bincount(codes[status == index], minlength=len(counts))
         self._negatives += np.bincount(codes[negative], minlength=len(self._negatives))
 
-    def runs(self, codes: Codes) -> Iterator[tuple[slice, Codes, GroupSums]]:
-        """Runs of consecutive samples [n] with the slots [m] and the sums that `weigh` adds their tokens to."""
-        step = len(codes) if len(np.union1d(self._held, codes)) <= SLOTS else SLOTS
-        for first in range(0, len(codes), max(step, 1)):
-            run = slice(first, first + step)
-            fresh = np.setdiff1d(codes[run], self._held)
-            if len(self._held) + len(fresh) > SLOTS:
-                self._keep()
-                fresh = np.unique(codes[run])
-            self._held = np.concatenate((self._held, fresh))
-            order = np.argsort(self._held)
-            yield run, order[np.searchsorted(self._held, codes[run], sorter=order)], self._filling
+    def sums_of(self, codes: Codes) -> tuple[Codes, GroupSums]:
+        """The slots [n] of samples and the sums that `weigh` adds them to.
+
+        Where these have no histograms, the samples are of too many sources for that, and `add_tokens` comes next.
+        """
+        distinct = np.unique(codes)
+        if len(distinct) > SLOTS:
+            return np.searchsorted(distinct, codes), GroupSums.zeros(len(distinct), histograms=False)
+        fresh = np.setdiff1d(distinct, self._held)
+        if len(self._held) + len(fresh) > SLOTS:
+            self._keep()
+            fresh = distinct
+        self._held = np.concatenate((self._held, fresh))
+        order = np.argsort(self._held)
+        return order[np.searchsorted(self._held, codes, sorter=order)], self._filling
+
+    def add_tokens(
+        self,
+        codes: Codes,
+        positive: npt.NDArray[np.bool_],
+        lengths: Codes,
+        sums: GroupSums,
+        log_ratios: Floats,
+        weights: Values,
+    ) -> None:
+        """Add what `weigh` found of samples [n] of too many sources for slots; their tokens' bins are sorted."""
+        distinct = np.unique(codes)
+        self._counts[distinct] += sums.counts
+        self._sums[distinct] += sums.sums
+        kept = np.repeat(positive, lengths)
+        places = np.repeat(codes << BIN_BITS, lengths)[kept]
+        for quantity, values in (("log_ratio", log_ratios), ("weight", weights)):
+            bins = bins_of(values.astype(np.float32, copy=False))[kept]
+            self._wait(quantity, *np.unique(places | bins, return_counts=True))
 
     def add_samples(self, codes: Codes, lengths: Codes, found: SampleSums) -> None:
         """Add what `weigh` found of samples [n]."""
@@ -87,7 +110,7 @@ class SourceTotals:
             np.minimum.at(self._minimum[row], codes, found.sums[:, least])
             np.maximum.at(self._maximum[row], codes, found.sums[:, greatest])
         keys = codes << BIN_BITS | bins_of(weight.astype(np.float32))
-        self._kept["sample_weight"].append(np.unique(keys, return_counts=True))
+        self._wait("sample_weight", *np.unique(keys, return_counts=True))
 
     def table(self) -> pa.Table:
         """One row per source (schema: `pear_data.schema.WEIGHT_TOTALS`)."""
@@ -125,6 +148,12 @@ class SourceTotals:
             arrays |= self._histogram_columns(quantity, *_merged(kept))
         return pa.table([arrays[name] for name in WEIGHT_TOTALS.names], schema=WEIGHT_TOTALS)
 
+    def _wait(self, quantity: str, keys: Codes, counts: Codes) -> None:
+        kept = self._kept[quantity]
+        kept.append((keys, counts))
+        if len(kept) > WAITING:
+            self._kept[quantity] = [_merged(kept)]
+
     def _histogram_columns(self, quantity: str, keys: Codes, counts: Codes) -> dict[str, pa.Array]:
         used = np.bincount(keys >> BIN_BITS, minlength=len(self._sources))
         bins, numbers = f"{quantity}_bins", f"{quantity}_counts"
@@ -144,8 +173,7 @@ class SourceTotals:
         for quantity, halves in (("log_ratio", filling.log_ratios), ("weight", filling.weights)):
             counts = halves[order].sum(axis=1, dtype=np.int64)
             rows, bins = np.nonzero(counts)
-            kept = [*self._kept[quantity], (held[order][rows] << BIN_BITS | bins, counts[rows, bins])]
-            self._kept[quantity] = [_merged(kept)]
+            self._wait(quantity, held[order][rows] << BIN_BITS | bins, counts[rows, bins])
         for array in (filling.counts, filling.sums, filling.log_ratios, filling.weights):
             array[: len(held)] = 0
         self._held = np.empty(0, np.int64)

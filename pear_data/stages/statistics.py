@@ -156,7 +156,7 @@ def statistics(store: Store, names: Sequence[str] | None = None) -> list[Weighti
         UsageError: there is no such weighting, or none at all, or it is not finished.
         MismatchError: an artefact differs from its manifest.
     """
-    chosen = list(names or store.manifest.names("weights"))
+    chosen = list(dict.fromkeys(names or store.manifest.begun("weights")))
     if not chosen:
         raise UsageError(f"{store.path} has no weights yet: make some with `pear-data weight`")
     return [summarise(store, measure(store, name)) for name in chosen]

@@ -97,7 +97,12 @@ def drift_findings(store: Store, settings: WeightSettings) -> list[Finding]:
         scored = [store.stage(f"scores/{policy}").shard(shard.name) for policy in policies]
         scores = [entry for entry in scored if entry is not None]
         if len(scores) == len(policies):
-            found.add(*_tokens(store, [shard, *scores], LOOKED_AT_TOKENS // len(spread)))
+            try:
+                found.add(*_tokens(store, [shard, *scores], LOOKED_AT_TOKENS // len(spread)))
+            except (ValueError, IndexError, pa.ArrowException, OSError):
+                raise MismatchError(
+                    f"{shard.name} of the corpus or of a policy cannot be read: run `pear-data verify`, which names it"
+                ) from None
     ids = found.drifting()
     return [_finding(store, found, ids)] if len(ids) else []
 

@@ -19,7 +19,7 @@ from pear_data.stages.spans import compared_spans
 from pear_data.stages.weight_groups import Group
 from pear_data.stages.weight_job import Weighting, WeightJob
 from pear_data.store.columns import flat_values, list_column, list_lengths
-from pear_data.weighting import LEVELS, SampleOptions, SampleSums, weigh
+from pear_data.weighting import LEVELS, SampleOptions, SampleSums, log_ratios, weigh
 
 Floats = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
@@ -110,24 +110,25 @@ class Weigher:
                 flat_values(text["input_ids"]), flat_values(text["loss_mask"]), tokens
             )
         flat_target, flat_behavior = flat_values(target["logprobs"]), flat_values(behavior["logprobs"])
-        ends = np.concatenate(([0], np.cumsum(lengths)))
-        for run, slots, sums in self.totals.runs(codes):
-            first, last = ends[run.start], ends[min(run.stop, len(lengths))]
-            weigh(
-                flat_target[first:last],
-                flat_behavior[first:last],
-                lengths[run],
-                self._options(codes[run], negative[run]),
-                np.where(negative[run], -1, slots),
-                sums,
-                weights[first:last],
-                found.between(run.start, run.stop),
-                span_lengths=_pieces(spans, first, last),
-                block_lengths=_pieces(blocks, first, last),
-            )
+        slots, sums = self.totals.sums_of(codes)
+        weigh(
+            flat_target,
+            flat_behavior,
+            lengths,
+            self._options(codes, negative),
+            np.where(negative, -1, slots),
+            sums,
+            weights,
+            found,
+            span_lengths=spans,
+            block_lengths=blocks,
+        )
         if not np.isfinite(found.sums[:, : kernels.LOG_RATIO_SUM]).all():
             raise MismatchError(f"{self._name}: log-probs are not all finite: run `pear-data verify`")
         positive = ~negative
+        if not len(sums.weights):
+            ratios = log_ratios(flat_target, flat_behavior, spans)
+            self.totals.add_tokens(codes, positive, lengths, sums, ratios, weights)
         part = SampleSums(found.counts[positive], found.sums[positive])
         self.totals.add_samples(codes[positive], lengths[positive], part)
 
@@ -190,14 +191,6 @@ def _scatter(
     column = np.zeros(len(rows), dtype=values.dtype)
     column[rows] = values
     return pa.array(column, mask=~known).cast(kind)
-
-
-def _pieces(lengths: Counts | None, first: int, last: int) -> Counts | None:
-    """Those of pieces that lie between two tokens, at which pieces end."""
-    if lengths is None:
-        return None
-    ends = np.cumsum(lengths)
-    return lengths[np.searchsorted(ends, first, side="right") : np.searchsorted(ends, last, side="right")]
 
 
 def _of_rows(table: pa.Table, rows: npt.NDArray[np.bool_]) -> pa.Table:

@@ -44,6 +44,16 @@ def weight_all(
         MismatchError: a weighting exists with other settings, or an artefact changed on disk.
         PearError: a worker was killed, the disk refused, or Ray has no room.
     """
+    try:
+        return _weight_all(store, weightings, progress, overwrite)
+    except BaseException:
+        _forget_empty(store, weightings)
+        raise
+
+
+def _weight_all(
+    store: Store, weightings: Sequence[WeightSettings], progress: Progress, overwrite: bool
+) -> list[Outcome]:
     policies = _policies(store, weightings)
     shards = aligned_shards(store, [f"scores/{policy}" for policy in policies])
     begun = [_begun(store, settings, policies, shards, overwrite) for settings in weightings]
@@ -70,6 +80,17 @@ def weight_all(
         stage.complete = True
     store.save()
     return [_outcome(store, f"weights/{settings.stored_name}") for settings in weightings]
+
+
+def _forget_empty(store: Store, weightings: Sequence[WeightSettings]) -> None:
+    """What failed before its first shard leaves nothing that others would take for weights to come."""
+    stages = store.manifest.stages
+    empty = [key for key in (f"weights/{settings.stored_name}" for settings in weightings) if key in stages]
+    empty = [key for key in empty if not stages[key].shards]
+    for key in empty:
+        del stages[key]
+    if empty:
+        store.save()
 
 
 def _begun(

@@ -111,6 +111,10 @@ class Manifest(_Entry):
         """Names of the stages of a kind ("scores" or "weights"), in the order they were made."""
         return [key.partition("/")[2] for key in self.stages if key.startswith(f"{kind}/")]
 
+    def begun(self, kind: str) -> list[str]:
+        """Those of `names` that have a shard: a job may have died before its first."""
+        return [name for name in self.names(kind) if self.stages[f"{kind}/{name}"].shards]
+
 
 def fingerprint(settings: dict[str, Any]) -> str:
     """sha256 of the canonical JSON of `settings`."""

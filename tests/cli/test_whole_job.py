@@ -220,3 +220,13 @@ def test_sources_options_come_from_a_file(job, capsys, tmp_path):
         error = capsys.readouterr().err
         assert fault in error
         assert "Traceback" not in error
+
+
+def test_levels_come_from_the_environment(job, monkeypatch, capsys):
+    store = str(job / "store")
+    monkeypatch.setenv("PEAR_WEIGHT_LEVEL", "bogus")
+    assert run(["weight", "--store", store]) == 2
+    assert "bogus" in capsys.readouterr().err
+    monkeypatch.setenv("PEAR_WEIGHT_LEVEL", "sequence uniform")
+    assert run(["weight", "--store", store]) in (0, 3)
+    assert {"sequence", "uniform"} <= open_store(job / "store").weights.keys()

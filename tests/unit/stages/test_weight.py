@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from pear_data import importance_weights, open_store
 from pear_data.binning import bins_of
@@ -339,3 +340,41 @@ def test_a_missing_or_unfinished_policy_is_named(make_store, samples):
         store.save()
     with pytest.raises(UsageError, match="scores/initial .* is not finished"):
         run(folder)
+
+
+def test_what_fails_before_its_first_shard_leaves_nothing(make_store, samples):
+    for sample in samples:
+        sample.label = -1
+    folder = make_store(samples)
+    with pytest.raises(UsageError, match="no positive sample has a weight"):
+        run(folder, normalize="corpus")
+    assert "weights/block" not in open_store(folder).manifest.stages
+    run(folder)
+    with pytest.raises(MismatchError, match="normalize: was"):
+        run(folder, normalize="corpus")
+    assert open_store(folder).complete_stage("weights/block").shards
+
+
+def test_weights_without_sums_are_made_again(make_store, samples):
+    folder = make_store(samples)
+    run(folder)
+    with writable_store(folder) as store:
+        for shard in store.stage("weights/block").shards:
+            shard.summary = shard.totals = None
+        store.save()
+    run(folder)
+    assert all(shard.summary and shard.totals for shard in open_store(folder).stage("weights/block").shards)
+
+
+def test_a_block_may_be_larger_than_any_sample(make_store, samples):
+    folder = make_store(samples)
+    run(folder, block_size=2**31 - 1)
+    assert all(set(row["weights"]) == {1.0} for row in rows(folder, "block"))
+    flat = importance_weights(
+        samples[0].initial, samples[0].behavior, [len(samples[0].initial)], block_size=2**63 - 1
+    )
+    assert set(flat.tolist()) == {1.0}
+    with pytest.raises(ValidationError, match="block_size"):
+        WeightSettings(block_size=2**31)
+    with pytest.raises(ValidationError, match="block_size goes with block_by tokens"):
+        WeightSettings(block_by="lines", block_size=9)
