@@ -158,6 +158,26 @@ def weigh_samples(
 
 
 @_compiled
+def drain(histograms: Any) -> Any:
+    """Rows, bins and counts of what histograms [groups, 2, BINS] have counted, by row and bin; they are emptied."""
+    used = 0
+    for group in range(histograms.shape[0]):
+        for place in range(histograms.shape[2]):
+            used += 1 if histograms[group, 0, place] + histograms[group, 1, place] else 0
+    groups, places = np.empty(used, np.int64), np.empty(used, np.int64)
+    counts = np.empty(used, np.int64)
+    at = 0
+    for group in range(histograms.shape[0]):
+        for place in range(histograms.shape[2]):
+            count = histograms[group, 0, place] + histograms[group, 1, place]
+            if count:
+                groups[at], places[at], counts[at] = group, place, count
+                histograms[group, 0, place] = histograms[group, 1, place] = 0
+                at += 1
+    return groups, places, counts
+
+
+@_compiled
 def _mean_log_ratio(target: Any, behavior: Any) -> float:
     total = 0.0
     for t in range(len(target)):

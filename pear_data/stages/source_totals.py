@@ -169,13 +169,13 @@ class SourceTotals:
         held, filling = self._held, self._filling
         self._counts[held] += filling.counts[: len(held)]
         self._sums[held] += filling.sums[: len(held)]
-        order = np.argsort(held)
-        for quantity, halves in (("log_ratio", filling.log_ratios), ("weight", filling.weights)):
-            counts = halves[order].sum(axis=1, dtype=np.int64)
-            rows, bins = np.nonzero(counts)
-            self._wait(quantity, held[order][rows] << BIN_BITS | bins, counts[rows, bins])
-        for array in (filling.counts, filling.sums, filling.log_ratios, filling.weights):
-            array[: len(held)] = 0
+        for quantity, histograms in (("log_ratio", filling.log_ratios), ("weight", filling.weights)):
+            slots, bins, counts = kernels.drain(histograms[: len(held)])
+            keys = held[slots] << BIN_BITS | bins
+            order = np.argsort(keys, kind="stable")
+            self._wait(quantity, keys[order], counts[order])
+        filling.counts[: len(held)] = 0
+        filling.sums[: len(held)] = 0
         self._held = np.empty(0, np.int64)
 
 
