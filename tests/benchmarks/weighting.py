@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import resource
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -226,22 +228,38 @@ def compare(folder: Path, processes: int, rounds: int) -> None:
 
 
 def peak_memory(folder: Path, levels: tuple[str, ...]) -> float:
-    """MiB of a process that weights every shard, one after the other."""
-    for job in jobs_of(folder, levels):
-        weigh_shard(job)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB of the largest process of `pear-data weight` over a whole store."""
+    command = [
+        sys.executable,
+        "-m",
+        "pear_data",
+        "weight",
+        "--store",
+        str(folder),
+        "--workers",
+        "1",
+        "--overwrite",
+    ]
+    command += [option for level in levels for option in ("--level", level)]
+    command += ["--gamma", "0.99" if len(levels) > 1 else "0.999"]  # other weights each time
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return used.ru_maxrss / 1024
 
 
 def memory(scratch: Path) -> None:
     stores = {}
     for tokens in (10_000_000, 160_000_000):
         stores[tokens] = scratch / f"store-{tokens}"
-        make_store(stores[tokens], tokens, shard_tokens=tokens // 2)
+        # Elsewhere, because a process begins with the peak of the one that starts it.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            pool.submit(make_store, stores[tokens], tokens, shard_tokens=tokens // 2).result()
     for levels in (("token",), LEVELS):
         peaks = []
         for tokens, folder in stores.items():
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=stay_small) as pool:
-                peaks.append(pool.submit(peak_memory, folder, levels).result())
+            peaks.append(peak_memory(folder, levels))
             print(f"{', '.join(levels)}: {tokens / 1e6:.0f}M tokens: peak {peaks[-1]:.0f} MiB", flush=True)
         print(f"ratio {peaks[1] / peaks[0]:.2f}")
 
