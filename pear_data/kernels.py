@@ -95,46 +95,25 @@ def weigh_samples(
         level, group, bounds = levels[i], groups[i], weight_bounds[i]
         shift = _mean_log_ratio(own_target, own_behavior) if center_samples else center[i]
         low, high = ratio_bounds[i, 0] + shift, ratio_bounds[i, 1] + shift
-        _log_ratios(
-            own_target,
-            own_behavior,
-            low,
-            high,
-            log_ratio,
-            group,
-            counts,
-            sums,
-            sample_counts[i],
-            sample_sums[i],
-        )
+        own_counts, own_sums = sample_counts[i], sample_sums[i]
+        _log_ratios(own_target, own_behavior, low, high, log_ratio, group, counts, sums, own_counts, own_sums)
         least, greatest = _count(log_ratio[:length], bins, group, ratio_histogram)
-        sample_sums[i, LOG_RATIO_MIN], sample_sums[i, LOG_RATIO_MAX] = least, greatest
+        own_sums[LOG_RATIO_MIN], own_sums[LOG_RATIO_MAX] = least, greatest
 
         blocks = _blocks(block_ends, block, end)
         own_ends = block_ends[block : block + blocks]
         units = _units(level, length, block_size, blocks)
+        discount = log_gamma[i] - shift
         if level == TOKEN:
-            _token_level(log_ratio, length, low, high, log_gamma[i] - shift, bounds, log_weight)
+            _token_level(log_ratio, length, low, high, discount, bounds, log_weight)
         elif level == BLOCK:
-            _block_level(
-                log_ratio,
-                start,
-                end,
-                low,
-                high,
-                log_gamma[i] - shift,
-                bounds,
-                log_weight,
-                units,
-                block_size,
-                own_ends,
-            )
+            span = (start, end, block_size, own_ends)
+            _block_level(log_ratio, span, low, high, discount, bounds, log_weight[:units])
         elif level == SEQUENCE:
             total = _clipped_sum(log_ratio, 0, length, low, high) - shift * length
             log_weight[0] = _clip(total, bounds[0], bounds[1])
         elif level == DFT:
-            for t in range(length):
-                log_weight[t] = own_target[t]
+            log_weight[:length] = own_target
         else:
             log_weight[0] = 0.0
 
@@ -150,9 +129,9 @@ def weigh_samples(
             least, greatest = _count_units(
                 log_weight[:units], factor, start, end, level, block_size, own_ends, group, weight_histogram
             )
-        sample_sums[i, WEIGHT_MIN], sample_sums[i, WEIGHT_MAX] = least, greatest
+        own_sums[WEIGHT_MIN], own_sums[WEIGHT_MAX] = least, greatest
         at_low, at_high = _exp(bounds[0]) * factor, _exp(bounds[1]) * factor
-        _weight_sums(own_weights, at_low, at_high, group, counts, sums, sample_counts[i], sample_sums[i])
+        _weight_sums(own_weights, at_low, at_high, group, counts, sums, own_counts, own_sums)
         block += blocks
         start = end
 
@@ -260,22 +239,13 @@ def _token_level(
 
 @_compiled
 def _block_level(
-    log_ratio: Any,
-    start: int,
-    end: int,
-    low: float,
-    high: float,
-    discount: float,
-    bounds: Any,
-    log_weight: Any,
-    blocks: int,
-    block_size: int,
-    block_ends: Any,
+    log_ratio: Any, span: Any, low: float, high: float, discount: float, bounds: Any, log_weight: Any
 ) -> None:
-    """The same from each block's end (3.5)."""
+    """The same from each block's end (3.5); `span` is where the sample lies, its block size and its blocks' ends."""
+    start, end, block_size, block_ends = span
     suffix = 0.0
     last = end
-    for k in range(blocks - 1, -1, -1):
+    for k in range(len(log_weight) - 1, -1, -1):
         log_weight[k] = _clip(suffix, bounds[0], bounds[1])
         first = _unit_end(k - 1, start, end, BLOCK, block_size, block_ends) if k else start
         suffix += _clipped_sum(log_ratio, first - start, last - start, low, high) + discount * (last - first)

@@ -10,6 +10,7 @@ import yaml
 
 from pear_data.config import WeightSettings
 from pear_data.progress import Silent
+from pear_data.stages import findings
 from pear_data.stages.statistics import statistics
 from pear_data.stages.weight import weight
 from pear_data.store import open_store, writable_store
@@ -91,6 +92,16 @@ def test_a_fault_of_the_whole_that_some_sources_make_is_laid_to_them(make_store,
     ]
     assert list(yaml.safe_load(finding.remedies[0].file)) == ["odd"]
     assert list(yaml.safe_load(finding.remedies[1].file)) == ["even", "odd"]
+
+
+def test_of_very_many_sources_the_largest_are_looked_at(make_store, samples, monkeypatch):
+    wrong = made_of(samples, 20, -1.0, 0.3, 400)
+    store = add_weights(make_store(wrong), level="token")
+    monkeypatch.setattr(findings, "MOST_SOURCES", 1)
+    found = found_in(store, "token")
+    assert found
+    assert all(not finding.sources for finding in found.values())  # the largest is as wrong as the whole
+    assert len(statistics(store, ["token"])[0].sources) == 2
 
 
 def test_baselines_are_not_found_fault_with(make_store, samples):
