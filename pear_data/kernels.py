@@ -19,8 +19,11 @@ TOKEN, BLOCK, SEQUENCE, UNIFORM, DFT = range(5)
 # Counts and sums by tenth of a sample, and of a sample.
 TOKENS, CLIPPED_LOW, CLIPPED_HIGH, SATURATED_LOW, SATURATED_HIGH = range(5)
 WEIGHT, WEIGHT_SQUARE, TARGET, BEHAVIOR, LOG_RATIO_SQUARE = range(5)
+OF_RATIOS = slice(TARGET, LOG_RATIO_SQUARE + 1)  # of the sums by tenth
+COUNTS_OF_RATIOS = slice(TOKENS, CLIPPED_HIGH + 1)
 # Sums and extremes of a sample besides.
 LOG_RATIO_SUM, LOG_RATIO_MIN, LOG_RATIO_MAX, WEIGHT_MIN, WEIGHT_MAX = range(5, 10)
+OF_SAMPLES_RATIOS = slice(TARGET, LOG_RATIO_MAX + 1)
 
 ABOVE_BITS = 32
 ABOVE = 1 << ABOVE_BITS
@@ -63,6 +66,7 @@ def weigh_samples(
     sample_sums: Any,
     scratch: Any,
     bins: Any,
+    measures_ratios: bool,
 ) -> None:
     """Weights of n whole samples of N tokens, back to back, with their sums.
 
@@ -85,6 +89,7 @@ def weigh_samples(
         ratio_histogram, weight_histogram: [groups, 2, BINS] int32, each in two halves, added to; or [0, 2, BINS].
         sample_counts, sample_sums: [n, 5] int64 and [n, 10] float64, filled.
         scratch: [2, M] float64 for the longest sample's M tokens; so `bins` [M] uint16.
+        measures_ratios: whether counts, sums and histograms of log-ratios are wanted; else theirs are 0.
     """
     log_ratio, log_weight = scratch[0], scratch[1]
     block = start = 0
@@ -96,9 +101,17 @@ def weigh_samples(
         shift = _mean_log_ratio(own_target, own_behavior) if center_samples else center[i]
         low, high = ratio_bounds[i, 0] + shift, ratio_bounds[i, 1] + shift
         own_counts, own_sums = sample_counts[i], sample_sums[i]
-        _log_ratios(own_target, own_behavior, low, high, log_ratio, group, counts, sums, own_counts, own_sums)
-        least, greatest = _count(log_ratio[:length], bins, group, ratio_histogram)
-        own_sums[LOG_RATIO_MIN], own_sums[LOG_RATIO_MAX] = least, greatest
+        own_counts[:] = 0
+        own_sums[:] = 0.0
+        if measures_ratios:
+            _log_ratios(
+                own_target, own_behavior, low, high, log_ratio, group, counts, sums, own_counts, own_sums
+            )
+            least, greatest = _count(log_ratio[:length], bins, group, ratio_histogram)
+            own_sums[LOG_RATIO_MIN], own_sums[LOG_RATIO_MAX] = least, greatest
+        else:
+            for t in range(length):
+                log_ratio[t] = np.float64(own_target[t]) - np.float64(own_behavior[t])
 
         blocks = _blocks(block_ends, block, end)
         own_ends = block_ends[block : block + blocks]
@@ -178,8 +191,6 @@ def _log_ratios(
     sample_sums: Any,
 ) -> None:
     """A sample's log-ratios with their counts and sums."""
-    sample_counts[:] = 0
-    sample_sums[:] = 0.0
     first = 0
     for tenth in range(10):
         last = (len(target) * (tenth + 1) + 9) // 10

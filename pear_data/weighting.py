@@ -175,6 +175,7 @@ def weigh(
     *,
     span_lengths: IntArray | None = None,
     block_lengths: IntArray | None = None,
+    measures_ratios: bool = True,
 ) -> None:
     """Fill `weights` [N] of the tokens of n samples and what is `found` of each; add to `totals`.
 
@@ -184,6 +185,7 @@ def weigh(
         groups: [n] the group of `totals` a sample counts to, -1 for none.
         span_lengths: as in `importance_weights`.
         block_lengths: tokens of each block, instead of `options.block_size`; summing to N.
+        measures_ratios: whether what is said of log-ratios is wanted; else it is 0, and no log-prob is checked.
     """
     from pear_data import kernels
 
@@ -217,6 +219,7 @@ def weigh(
         found.sums,
         np.empty((2, longest)),
         np.empty(longest, dtype=np.uint16),
+        measures_ratios,
     )
 
 

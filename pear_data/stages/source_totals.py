@@ -112,6 +112,14 @@ class SourceTotals:
         keys = codes << BIN_BITS | bins_of(weight.astype(np.float32))
         self._wait("sample_weight", *np.unique(keys, return_counts=True))
 
+    def take_ratios(self, other: SourceTotals) -> None:
+        """Take what another weighting of the same log-ratios has measured of them; both have seen all samples."""
+        self._keep()
+        other._keep()
+        self._counts[:, kernels.COUNTS_OF_RATIOS] = other._counts[:, kernels.COUNTS_OF_RATIOS]
+        self._sums[:, kernels.OF_RATIOS] = other._sums[:, kernels.OF_RATIOS]
+        self._kept["log_ratio"] = other._kept["log_ratio"]
+
     def table(self) -> pa.Table:
         """One row per source (schema: `pear_data.schema.WEIGHT_TOTALS`)."""
         self._keep()

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_data.schema import WEIGHT_STATUSES, WEIGHT_SUMMARY, WEIGHT_TOTALS, WEIGHTS
-from pear_data.stages.weighing import Weigher, is_ok, summary_rows, weight_rows
+from pear_data.stages.weighing import Weighed, Weigher, is_ok, summary_rows, weight_rows
 from pear_data.stages.weight_groups import Group, checked, open_groups
 from pear_data.stages.weight_job import Weighting, WeightJob
 from pear_data.store import Store
@@ -38,11 +38,14 @@ def weigh_shard(job: WeightJob) -> dict[str, Shard]:
         sources, groups = open_groups(job)
         files.callback(groups.close)
         lanes = [_Lane(job, weighting, sources, files) for weighting in job.weightings]
+        first, *others = lanes
         for group in groups:
-            for lane in lanes:
-                lane.take(group)
-        for lane in lanes:
-            lane.finish()
+            weighed = first.take(group)
+            for lane in others:
+                lane.take(group, weighed if job.shares_ratios else None)
+        for lane in others:
+            lane.finish(first if job.shares_ratios else None)
+        first.finish()
         check()
     return {lane.key: lane.entry(store) for lane in lanes}
 
@@ -107,18 +110,21 @@ class _Lane:
         self._statuses = np.zeros(len(WEIGHT_STATUSES), np.int64)
         self._weighted = 0
 
-    def take(self, group: Group) -> None:
-        """Weight a row group, and begin to write it when the one before is written."""
-        weighed = self._weigher.weigh(group)
+    def take(self, group: Group, alike: Weighed | None = None) -> Weighed:
+        """Weight a row group as `Weigher.weigh` does, and begin to write it when the one before is written."""
+        weighed = self._weigher.weigh(group, alike)
         self._written()
         self._writing = self._thread.submit(write_group, self._writer, weight_rows(group, weighed))
         self._summaries.add(summary_rows(group, weighed))
         self._statuses += np.bincount(weighed.status, minlength=len(WEIGHT_STATUSES))
         self._weighted += int(weighed.lengths[weighed.is_ok[weighed.scored]].sum())
+        return weighed
 
-    def finish(self) -> None:
-        """Write what is left."""
+    def finish(self, alike: _Lane | None = None) -> None:
+        """Write what is left; `alike` has measured the log-ratios."""
         self._written()
+        if alike is not None:
+            self._weigher.totals.take_ratios(alike._weigher.totals)
         write_group(self._totals_writer, self._weigher.totals.table())
 
     def entry(self, store: Store) -> Shard:

@@ -68,8 +68,8 @@ class Weigher:
         self._ratio_bounds = np.array([(s and s.clip_log_ratio) or settings.clip_log_ratio for s in own])
         self._weight_bounds = np.array([(s and s.clip_log_weight) or settings.clip_log_weight for s in own])
 
-    def weigh(self, group: Group) -> Weighed:
-        """Weight a row group."""
+    def weigh(self, group: Group, alike: Weighed | None = None) -> Weighed:
+        """Weight a row group; `alike` is the same of a weighting that meets the same log-ratios and clips."""
         settings = self._weighting.settings
         scored = is_ok(group.target)
         if group.behavior is not None:
@@ -84,7 +84,8 @@ class Weigher:
         weights = np.empty(int(lengths.sum()), dtype=np.float32)
         found = SampleSums.empty(len(lengths))
         if len(lengths):
-            self._weigh_rows(group, scored, codes[scored], negative[scored], lengths, weights, found)
+            ratios = None if alike is None else alike.found
+            self._weigh_rows(group, scored, codes[scored], negative[scored], lengths, weights, found, ratios)
         return Weighed(scored, lengths, weights, found, status)
 
     def _weigh_rows(
@@ -96,6 +97,7 @@ class Weigher:
         lengths: Counts,
         weights: Floats,
         found: SampleSums,
+        ratios: SampleSums | None,
     ) -> None:
         target = _of_rows(group.target, scored)
         behavior = target if group.behavior is None else _of_rows(group.behavior, scored)
@@ -122,13 +124,17 @@ class Weigher:
             found,
             span_lengths=spans,
             block_lengths=blocks,
+            measures_ratios=ratios is None,
         )
+        if ratios is not None:
+            found.counts[:, kernels.COUNTS_OF_RATIOS] = ratios.counts[:, kernels.COUNTS_OF_RATIOS]
+            found.sums[:, kernels.OF_SAMPLES_RATIOS] = ratios.sums[:, kernels.OF_SAMPLES_RATIOS]
         if not np.isfinite(found.sums[:, : kernels.LOG_RATIO_SUM]).all():
             raise MismatchError(f"{self._name}: log-probs are not all finite: run `pear-data verify`")
         positive = ~negative
         if not len(sums.weights):
-            ratios = log_ratios(flat_target, flat_behavior, spans)
-            self.totals.add_tokens(codes, positive, lengths, sums, ratios, weights)
+            log_ratio = log_ratios(flat_target, flat_behavior, spans)
+            self.totals.add_tokens(codes, positive, lengths, sums, log_ratio, weights)
         part = SampleSums(found.counts[positive], found.sums[positive])
         self.totals.add_samples(codes[positive], lengths[positive], part)
 

@@ -44,6 +44,16 @@ class WeightJob:
         return any(weighting.cutter is not None for weighting in self.weightings)
 
     @property
+    def shares_ratios(self) -> bool:
+        """Whether all weightings meet the same log-ratios and clips, so that these need to be measured once only."""
+        first, *others = self.weightings
+        return all(
+            (one.center, one.settings.center, one.settings.clip_log_ratio, one.settings.per_source)
+            == (first.center, first.settings.center, first.settings.clip_log_ratio, first.settings.per_source)
+            for one in others
+        )
+
+    @property
     def inputs(self) -> dict[str, str]:
         """sha256 of each file the weights are made from, by stage."""
         inputs = {CORPUS: self.corpus.file.sha256, f"scores/{self.target_policy}": self.target.file.sha256}

@@ -14,7 +14,7 @@ from pear_data.config import WeightSettings
 from pear_data.errors import MismatchError, UsageError
 from pear_data.progress import Silent
 from pear_data.stages import source_totals
-from pear_data.stages.weight import weight
+from pear_data.stages.weight import weight, weight_all
 from pear_data.store import writable_store
 
 
@@ -207,6 +207,33 @@ def test_many_workers_write_what_one_writes(make_store, samples):
         names = sorted(path.name for path in alone.iterdir())
         assert names == sorted(path.name for path in together.iterdir())
         assert all((alone / name).read_bytes() == (together / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("slots", [1, 32])
+def test_levels_made_in_one_pass_are_those_made_alone(make_store, samples, monkeypatch, slots):
+    monkeypatch.setattr(source_totals, "SLOTS", slots)
+    samples[2].label = -1
+    samples[5].behavior_status = "nonfinite"
+    folder = make_store(samples)
+    levels = ("token", "block", "sequence", "uniform", "dft")
+    options = {"negative_scale": 0.5}
+    with writable_store(folder) as store:
+        weight_all(store, [WeightSettings(level=level, **options) for level in levels], Silent())
+    for level in levels:
+        run(folder, level=level, name=f"{level}-alone", **options)
+        for tree in ("weights", "summary/weights"):
+            together, alone = folder / tree / level, folder / tree / f"{level}-alone"
+            assert all((alone / path.name).read_bytes() == path.read_bytes() for path in together.iterdir())
+    own = {"per_source": {"odd": {"clip_log_ratio": (-0.5, 0.5)}}}
+    with writable_store(folder) as store:
+        mixed = [
+            WeightSettings(level="token", name="own", **own),
+            WeightSettings(level="block", name="plain"),
+        ]
+        weight_all(store, mixed, Silent())
+    run(folder, level="block", name="plain-alone")
+    for path in (folder / "summary/weights/plain").iterdir():
+        assert path.read_bytes() == (folder / "summary/weights/plain-alone" / path.name).read_bytes()
 
 
 def test_totals_are_sums_over_the_positive_samples_of_each_source(make_store, samples, monkeypatch):
