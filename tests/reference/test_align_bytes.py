@@ -305,7 +305,7 @@ def test_scored_and_weighted_on_both_tokenizers(foreign, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(foreign["byte level"], dtype=torch.float32)
     initial = store.scores["initial"].to_table().to_pylist()
     behavior = store.scores["behavior"].to_table().to_pylist()
-    weights = store.weights["block"].to_table().to_pylist()
+    weights = store.sql("select status, weights, log_ratio_sum from weights").to_pylist()
     own_bytes, other_bytes = token_bytes(foreign["bundled"]), token_bytes(foreign["byte level"])
     worst = 0.0
     for index, (row, mine, theirs, weighted) in enumerate(zip(read, initial, behavior, weights, strict=True)):
