@@ -1,0 +1,244 @@
+"""TRL's SFTTrainer on an export: its own forward, fused head, metrics and auxiliary loss, with a weight per token.
+
+    make_sft_trainer(model, args, train_dataset, ...)     an SFTTrainer that minimises sum(weight * nll) / N
+    PearSFTTrainer                                        the class underneath
+
+TRL takes the log-prob of every label from its head and adds them up. Here each is multiplied by its weight in between,
+so all around the sum (entropy, mean_token_accuracy, num_tokens, the load-balancing loss of mixtures of experts,
+gradient accumulation, data parallelism) remains TRL's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from torch.nn import functional as F
+from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import FusedCausalLMOutput, global_then_local_main_first
+
+from pear_data.loss import PearCollator
+
+WEIGHTS = "loss_weights"
+BEHAVIOR = "behavior_logprobs"
+IGNORE_INDEX = -100
+PACKED = "seq_lengths"
+_TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", WEIGHTS, BEHAVIOR)
+
+_REFUSED_SETTINGS = {
+    "assistant_only_loss": ((False,), "the export's labels say what is scored"),
+    "completion_only_loss": ((None, False), "the export's labels say what is scored"),
+    "label_smoothing_factor": ((0,), "a weight multiplies the loss of one token, which smoothing spreads"),
+    "loss_type": (("nll",), "for DFT, export the weights of `pear-data weight --level dft`"),
+    "packing_strategy": (("bfd", "bfd_split"), "it cuts samples, and what follows a cut loses its context"),
+}
+_REFUSED_ARGUMENTS = {
+    "data_collator": "its own collator carries the weights",
+    "compute_loss_func": "it computes the weighted loss itself",
+    "formatting_func": "the rows of an export are tokens already",
+}
+
+
+def make_sft_trainer(
+    model: Any,
+    args: SFTConfig,
+    train_dataset: Dataset | IterableDataset,
+    eval_dataset: Any = None,
+    *,
+    fused_head: bool = True,
+    **kwargs: Any,
+) -> SFTTrainer:
+    """An SFTTrainer whose training loss is sum(loss_weights * nll) / count of labels.
+
+    Raises ValueError.
+    """
+    return PearSFTTrainer(
+        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, fused_head=fused_head, **kwargs
+    )
+
+
+class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
+    """SFTTrainer for exports of `pear-data export --format hf` and `hf-packed`; see `make_sft_trainer`."""
+
+    def __init__(self, model: Any, args: SFTConfig, *, fused_head: bool = True, **kwargs: Any) -> None:
+        _refuse(args, kwargs)
+        self.fused_head = fused_head
+        super().__init__(model=model, args=args, **kwargs)
+        _refuse_split_sequences(self.accelerator.parallelism_config)
+        # TRL's loss divides by the Trainer's count whatever the model's own forward would do.
+        self.model_accepts_loss_kwargs = True
+        self.data_collator = _SFTCollator(
+            PearCollator(self._tokenizer.pad_token_id, self.padding_free, self.args.pad_to_multiple_of)
+        )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*_TOKEN_COLUMNS, PACKED, "sample_id"]
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: Any,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Checks in place of TRL's tokenization and truncation; its packing, of every column there is per token."""
+        columns = get_dataset_column_names(dataset)
+        required = ("input_ids", "labels", *((WEIGHTS,) if dataset_name == "train" else ()))
+        _require_columns(dataset_name, columns, required)
+        if PACKED in columns:
+            _require_padding_free(dataset_name, self.padding_free, packing)
+        elif args.max_length is not None:
+            dataset = _refusing_longer_rows(dataset_name, dataset, args.max_length)
+        with global_then_local_main_first():
+            if args.shuffle_dataset:
+                dataset = dataset.shuffle(seed=args.seed)
+            if packing:
+                dataset = dataset.select_columns([name for name in _TOKEN_COLUMNS if name in columns])
+                dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+                if args.shuffle_dataset:
+                    dataset = dataset.shuffle(seed=args.seed)
+        return dataset
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        weights = inputs.pop(WEIGHTS, None)
+        if weights is None and self.model.training:
+            raise ValueError("a training batch has no loss_weights: train on an export of `pear-data export`")
+        forward = partial(self._weighted_forward, model, weights)
+        return super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
+
+    def _weighted_forward(
+        self, model: Any, weights: Tensor | None, fused_lm_head: bool = False, **inputs: Any
+    ) -> Any:
+        """What TRL calls as the model: the outputs of its head, with weighted log-probs."""
+        if not fused_lm_head:
+            return model(**inputs)
+        outputs = model(**inputs, fused_lm_head=True) if self.fused_head else _full_head(model, **inputs)
+        if weights is not None:
+            outputs.log_probs = outputs.log_probs * _aligned(weights, outputs.log_probs)
+        return outputs
+
+
+def _aligned(values: Tensor, logprobs: Tensor) -> Tensor:
+    """Values [B, L] of unshifted tokens as those of the log-probs [B, V + L - 1] that predict them.
+
+    V is 0, or the number of virtual tokens that prompt learning (PEFT) puts before each row.
+    """
+    return F.pad(values, (logprobs.size(1) - values.size(1), 0))
+
+
+def _full_head(model: Any, labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:
+    """What TRL's fused head returns, from all logits at once."""
+    outputs = model(**inputs)
+    logprobs = outputs.logits[:, :-1].float().log_softmax(-1)
+    targets = F.pad(labels, (outputs.logits.size(1) - labels.size(1), 0), value=IGNORE_INDEX)[:, 1:]
+    mask = targets != IGNORE_INDEX
+    taken = logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    entropy = torch.special.entr(logprobs.detach().exp()).sum(-1)
+    return FusedCausalLMOutput(
+        log_probs=taken.masked_fill(~mask, 0.0),
+        entropy=entropy.masked_fill(~mask, 0.0),
+        is_top1=(logprobs.argmax(-1) == targets) & mask,
+        label_mask=mask,
+        aux_loss=getattr(outputs, "aux_loss", None),
+    )
+
+
+class _SFTCollator:
+    """PearCollator for TRL's loaders: packs laid out again as their samples, and evaluation rows without weights."""
+
+    def __init__(self, collator: PearCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = [sample for feature in features for sample in _samples(feature)]
+        if any(WEIGHTS in row for row in rows):
+            return self.collator(rows)
+        batch = self.collator([{**row, WEIGHTS: [0.0] * len(row["input_ids"])} for row in rows])
+        del batch[WEIGHTS]
+        return batch
+
+
+def _samples(feature: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The samples of a pack; a row that is no pack is its only sample."""
+    if PACKED not in feature:
+        return [feature]
+    lengths = list(feature[PACKED])
+    columns = {
+        name: torch.split(torch.as_tensor(feature[name]), lengths)
+        for name in _TOKEN_COLUMNS
+        if name in feature
+    }
+    return [dict(zip(columns, sample, strict=True)) for sample in zip(*columns.values(), strict=True)]
+
+
+def _refuse(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
+    for name, (harmless, reason) in _REFUSED_SETTINGS.items():
+        value = getattr(args, name, harmless[0])
+        if value not in harmless:
+            raise ValueError(f"SFTConfig({name}={value!r}) does not go with loss_weights: {reason}")
+    for name, reason in _REFUSED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise ValueError(f"make_sft_trainer takes no {name}: {reason}")
+
+
+def _refuse_split_sequences(parallelism: Any) -> None:
+    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+        raise ValueError(
+            "context and sequence parallelism split a sequence over devices, and its weights would stay whole: "
+            "set cp_size and sp_size to 1"
+        )
+
+
+def _require_columns(name: str, columns: Sequence[str], required: Sequence[str]) -> None:
+    missing = [column for column in required if column not in columns]
+    if missing:
+        raise ValueError(
+            f"the {name} dataset has no {', '.join(missing)}: train on what `pear-data export --format hf` wrote"
+        )
+
+
+def _require_padding_free(name: str, padding_free: bool, packing: bool) -> None:
+    if packing or not padding_free:
+        raise ValueError(
+            f"the {name} dataset is packed already (seq_lengths): set SFTConfig(packing=False, padding_free=True, "
+            "max_length=None), or its packs would be taken apart and padded"
+        )
+
+
+def _refusing_longer_rows(
+    name: str, dataset: Dataset | IterableDataset, limit: int
+) -> Dataset | IterableDataset:
+    """The dataset, none of whose rows has more tokens than `limit`; a stream is looked at as it flows."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(partial(_refuse_longer_rows, name=name, limit=limit), batched=True)
+    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
+        _refuse_longer(name, pc.max(pc.list_value_length(table["input_ids"])).as_py(), limit)
+    return dataset
+
+
+def _refuse_longer_rows(rows: Mapping[str, list[Any]], name: str, limit: int) -> Mapping[str, list[Any]]:
+    _refuse_longer(name, max(map(len, rows["input_ids"])), limit)
+    return rows
+
+
+def _refuse_longer(name: str, longest: int, limit: int) -> None:
+    if longest > limit:
+        raise ValueError(
+            f"the {name} dataset has a row of {longest} tokens and max_length is {limit}, where TRL would cut ids and "
+            "labels but not weights: set SFTConfig(max_length=None) or a larger one, or export with --max-length"
+        )
