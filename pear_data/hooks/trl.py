@@ -24,6 +24,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import FusedCausalLMOutput, global_then_local_main_first
 
 from pear_data.loss import PearCollator
+from pear_data.loss.live import LivePear
 
 WEIGHTS = "loss_weights"
 BEHAVIOR = "behavior_logprobs"
@@ -51,27 +52,55 @@ def make_sft_trainer(
     train_dataset: Dataset | IterableDataset,
     eval_dataset: Any = None,
     *,
+    live: LivePear | None = None,
     fused_head: bool = True,
     **kwargs: Any,
-) -> SFTTrainer:
-    """An SFTTrainer whose training loss is sum(loss_weights * nll) / count of labels.
+) -> PearSFTTrainer:
+    """An SFTTrainer that minimises sum(weight * nll) / N, N the labels of the whole step over micro-batches and ranks.
 
-    Raises ValueError.
+    `train_dataset` holds rows of `pear-data export --format hf` or `hf-packed`, as `datasets.load_dataset` gives them,
+    whole or streamed. `hf` rows are padded; with `SFTConfig(padding_free=True, max_length=None)` laid end to end; with
+    `packing=True` packed by TRL to `max_length`. `hf-packed` rows take `padding_free=True, max_length=None`.
+    `eval_dataset` (one, or a dict of them) is weighted where it has `loss_weights` and plain where it has not. `model`
+    and `kwargs` are SFTTrainer's. Of the tokenizer only the padding token is used.
+
+    `live` takes the weights from the trained model's own log-probs and the export's `behavior_logprobs` (`export
+    --live`), in place of `loss_weights`. `fused_head=False` takes the log-probs from all logits at once instead of from
+    TRL's fused head, for models whose head does more than TRL's knows of.
+
+    Raises ValueError for what would lose or bypass a weight: missing columns, rows longer than `max_length` (TRL cuts
+    ids and labels, not weights), packs to be packed or padded again, other losses and collators than these, and
+    sequences split over devices.
     """
     return PearSFTTrainer(
-        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, fused_head=fused_head, **kwargs
+        model,
+        args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        live=live,
+        fused_head=fused_head,
+        **kwargs,
     )
 
 
 class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
-    """SFTTrainer for exports of `pear-data export --format hf` and `hf-packed`; see `make_sft_trainer`."""
+    """What `make_sft_trainer` makes."""
 
-    def __init__(self, model: Any, args: SFTConfig, *, fused_head: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        *,
+        live: LivePear | None = None,
+        fused_head: bool = True,
+        **kwargs: Any,
+    ) -> None:
         _refuse(args, kwargs)
+        self.live = live
         self.fused_head = fused_head
         super().__init__(model=model, args=args, **kwargs)
         _refuse_split_sequences(self.accelerator.parallelism_config)
-        # TRL's loss divides by the Trainer's count whatever the model's own forward would do.
+        # TRL divides by the Trainer's count of labels, whether or not the model's own loss would.
         self.model_accepts_loss_kwargs = True
         self.data_collator = _SFTCollator(
             PearCollator(self._tokenizer.pad_token_id, self.padding_free, self.args.pad_to_multiple_of)
@@ -91,7 +120,13 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
     ) -> Dataset | IterableDataset:
         """Checks in place of TRL's tokenization and truncation; its packing, of every column there is per token."""
         columns = get_dataset_column_names(dataset)
-        required = ("input_ids", "labels", *((WEIGHTS,) if dataset_name == "train" else ()))
+        weighted = dataset_name == "train" or WEIGHTS in columns
+        required = [
+            "input_ids",
+            "labels",
+            *([WEIGHTS] * weighted),
+            *([BEHAVIOR] * (weighted and bool(self.live))),
+        ]
         _require_columns(dataset_name, columns, required)
         if PACKED in columns:
             _require_padding_free(dataset_name, self.padding_free, packing)
@@ -115,30 +150,47 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
         inputs = dict(inputs)
-        weights = inputs.pop(WEIGHTS, None)
+        weights, behavior = inputs.pop(WEIGHTS, None), inputs.pop(BEHAVIOR, None)
         if weights is None and self.model.training:
             raise ValueError("a training batch has no loss_weights: train on an export of `pear-data export`")
-        forward = partial(self._weighted_forward, model, weights)
+        forward = partial(self._weighted_forward, model, weights, behavior)
         return super().compute_loss(forward, inputs, return_outputs, num_items_in_batch)
 
     def _weighted_forward(
-        self, model: Any, weights: Tensor | None, fused_lm_head: bool = False, **inputs: Any
+        self,
+        model: Any,
+        weights: Tensor | None,
+        behavior: Tensor | None,
+        fused_lm_head: bool = False,
+        **inputs: Any,
     ) -> Any:
         """What TRL calls as the model: the outputs of its head, with weighted log-probs."""
         if not fused_lm_head:
             return model(**inputs)
         outputs = model(**inputs, fused_lm_head=True) if self.fused_head else _full_head(model, **inputs)
         if weights is not None:
-            outputs.log_probs = outputs.log_probs * _aligned(weights, outputs.log_probs)
+            weights = self._weights(weights, behavior, outputs, inputs.get("seq_idx"))
+            outputs.log_probs = outputs.log_probs * weights
         return outputs
 
+    def _weights(
+        self, weights: Tensor, behavior: Tensor | None, outputs: Any, sequence_ids: Tensor | None
+    ) -> Tensor:
+        length = outputs.log_probs.size(1)
+        if self.live is None:
+            return _aligned(weights, length)
+        if behavior is None:
+            raise ValueError("a batch has no behavior_logprobs: export with --live")
+        ids = None if sequence_ids is None else _aligned(sequence_ids, length)
+        return self.live.weights(outputs.log_probs, _aligned(behavior, length), outputs.label_mask, ids)
 
-def _aligned(values: Tensor, logprobs: Tensor) -> Tensor:
-    """Values [B, L] of unshifted tokens as those of the log-probs [B, V + L - 1] that predict them.
 
-    V is 0, or the number of virtual tokens that prompt learning (PEFT) puts before each row.
+def _aligned(values: Tensor, length: int) -> Tensor:
+    """[B, L] at the index of tokens, as [B, length] at the index of the log-probs that predict them.
+
+    `length` is L - 1, or more with virtual tokens before each row (PEFT's prompt learning), which predict nothing.
     """
-    return F.pad(values, (logprobs.size(1) - values.size(1), 0))
+    return F.pad(values, (length - values.size(1), 0))
 
 
 def _full_head(model: Any, labels: Tensor, **inputs: Any) -> FusedCausalLMOutput:

@@ -146,7 +146,7 @@ def expected_step(policy: Path, rows: list[dict[str, Any]]) -> tuple[dict[str, T
                 total = total - weight * logprobs[t - 1, ids[t]]
     loss = total / sum(label != -100 for row in rows for label in row["labels"])
     loss.backward()
-    return {name: value.detach() - value.grad for name, value in model.named_parameters()}, float(loss)
+    return {name: value.detach() - value.grad for name, value in model.named_parameters()}, loss.item()
 
 
 def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:

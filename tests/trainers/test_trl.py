@@ -32,6 +32,7 @@ from pear_data.demo import asset
 from pear_data.hooks.trl import make_sft_trainer
 from pear_data.schema import EXPORT_HF
 
+PAGE = Path(__file__).parents[2] / "pear_data" / "hooks" / "trl.md"
 TOLERANCE = 2e-6
 VOCAB = 416
 TINY: dict[str, Any] = {
@@ -128,26 +129,26 @@ def make_model(name: str = "qwen2") -> PreTrainedModel:
     return MODELS[name]()
 
 
+ONE_STEP: dict[str, Any] = {
+    "train_sampling_strategy": "sequential",
+    "max_steps": 1,
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+}
+
+
 def config(tmp_path: Path, **changes: Any) -> SFTConfig:
     """One optimizer step of SGD with lr 1 over all rows in order: two micro-batches of eight."""
-    settings: dict[str, Any] = {
-        "output_dir": str(tmp_path / "trained"),
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "train_sampling_strategy": "sequential",
-        "max_steps": 1,
-        "optim": "sgd",
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-    }
-    return SFTConfig(**settings | changes)
+    batches = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    return SFTConfig(**{"output_dir": str(tmp_path / "trained"), **batches, **ONE_STEP, **changes})
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -204,6 +205,23 @@ def expected_parameters(
         name: value.detach() - (0 if value.grad is None else value.grad)
         for name, value in exact.named_parameters()
     }
+
+
+def test_the_page(export: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word, but for the model, the folder and the optimizer."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "policy")
+    tokenizer.save_pretrained(tmp_path / "policy")
+    (tmp_path / "weighted").symlink_to(export)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    code = PAGE.read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {"ONE_STEP": ONE_STEP}
+    exec(
+        code.replace("Qwen/Qwen2.5-7B-Instruct", "policy").replace("learning_rate=1e-5", "**ONE_STEP"), names
+    )
+    after = parameters(names["trainer"].model)
+    assert largest_difference(after, expected_parameters(model, ROWS)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fused_head", [True, False], ids=["trl_head", "full_head"])
@@ -302,20 +320,21 @@ import pathlib, sys, torch, datasets, test_trl
 from transformers import AutoTokenizer
 from pear_data.demo import asset
 from pear_data.hooks.trl import make_sft_trainer
-folder, mode = pathlib.Path(sys.argv[1]), sys.argv[2]
-model = test_trl.make_model("qwen2")
-args = test_trl.config(folder, **test_trl.MODES[mode] | {"per_device_train_batch_size": 4})
-rows = datasets.Dataset.from_list(test_trl.ROWS)
-trainer = make_sft_trainer(model, args, rows, processing_class=AutoTokenizer.from_pretrained(asset("initial")))
-assert trainer.accelerator.num_processes == 2
-trainer.train()
-if trainer.is_world_process_zero():
-    torch.save(test_trl.parameters(model), f"{folder}/parameters.pt")
+folder = pathlib.Path(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(asset("initial"))
+for mode in ("padded", "padding_free"):
+    model = test_trl.make_model("qwen2")
+    args = test_trl.config(folder, **test_trl.MODES[mode], per_device_train_batch_size=4)
+    rows = datasets.Dataset.from_list(test_trl.ROWS)
+    trainer = make_sft_trainer(model, args, rows, processing_class=tokenizer)
+    assert trainer.accelerator.num_processes == 2
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(test_trl.parameters(model), folder / f"{mode}.pt")
 """
 
 
-@pytest.mark.parametrize("mode", ["padded", "padding_free"])
-def test_two_processes(mode: str, tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -326,18 +345,12 @@ def test_two_processes(mode: str, tmp_path: Path) -> None:
         "CUDA_VISIBLE_DEVICES": "",
     }
     done = subprocess.run(
-        [*launch, str(script), str(tmp_path), mode],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    model = make_model()
-    assert (
-        largest_difference(torch.load(tmp_path / "parameters.pt"), expected_parameters(model, ROWS))
-        <= TOLERANCE
-    )
+    expected = expected_parameters(make_model(), ROWS)
+    for mode in ("padded", "padding_free"):
+        assert largest_difference(torch.load(tmp_path / f"{mode}.pt"), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
