@@ -11,6 +11,7 @@ weighted loss to the model. What would lose a weight on the way is refused when 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,7 @@ from axolotl.integrations.base import BasePlugin
 
 from pear_data.loss import PearCollator, attach
 
-_COLUMNS = ("loss_weights", "behavior_logprobs")
-_MANIFEST = "pear_export.json"
+_COLUMNS = ("loss_weights", "behavior_logprobs", "sample_id")
 _PREPARED = "last_run_prepared"  # Axolotl's own default of dataset_prepared_path
 
 _OTHER_LOSS = "it computes another loss, without the weights: leave it out"
@@ -64,7 +64,7 @@ class PearPlugin(BasePlugin):  # type: ignore[misc]  # Axolotl has no types
                 "set `excess_length_strategy: raise`: else Axolotl drops samples longer than sequence_len, or cuts "
                 "them and not their weights; `pear-data export --max-length` makes them fit"
             )
-        cfg["dataset_prepared_path"] = _prepared_path(cfg)
+        cfg["dataset_prepared_path"] = _prepared_path(cfg, _manifests(cfg))
 
     def get_trainer_cls(self, cfg: Any) -> type[AxolotlTrainer]:
         return PearAxolotlTrainer
@@ -111,16 +111,23 @@ class PearAxolotlCollator:
         return self.collator(rows)
 
 
-def _prepared_path(cfg: Mapping[str, Any]) -> str:
+def _manifests(cfg: Mapping[str, Any]) -> list[bytes]:
+    """The manifests of the exports that the configuration names.
+
+    Raises ValueError for an export of another format than hf.
+    """
+    found = []
+    for dataset in [*(cfg.get("datasets") or []), *(cfg.get("test_datasets") or [])]:
+        path = Path(str(dataset["path"]), "pear_export.json")
+        if path.is_file():
+            found.append(path.read_bytes())
+            name = json.loads(found[-1]).get("format")
+            if name != "hf":
+                raise ValueError(f"{path.parent} is an export of --format {name}: Axolotl takes --format hf")
+    return found
+
+
+def _prepared_path(cfg: Mapping[str, Any], manifests: list[bytes]) -> str:
     """Where Axolotl keeps prepared datasets: one folder for each state of the exports, as it knows only their paths."""
-    folder = Path(cfg.get("dataset_prepared_path") or _PREPARED)
-    manifests = [
-        Path(dataset["path"], _MANIFEST)
-        for key in ("datasets", "test_datasets")
-        for dataset in cfg.get(key) or []
-    ]
-    digest = hashlib.sha256()
-    for manifest in manifests:
-        if manifest.is_file():
-            digest.update(manifest.read_bytes())
-    return str(folder / f"pear-{digest.hexdigest()[:16]}")
+    exports = hashlib.sha256(b"".join(manifests)).hexdigest()[:16]
+    return str(Path(cfg.get("dataset_prepared_path") or _PREPARED, f"pear-{exports}"))

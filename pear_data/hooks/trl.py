@@ -229,7 +229,7 @@ def _samples(feature: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The samples of a pack; a row that is no pack is its only sample."""
     if PACKED not in feature:
         return [feature]
-    lengths = list(feature[PACKED])
+    lengths = torch.as_tensor(feature[PACKED]).tolist()
     columns = {
         name: torch.split(torch.as_tensor(feature[name]), lengths)
         for name in _TOKEN_COLUMNS

@@ -158,11 +158,11 @@ def largest_difference(actual: dict[str, Tensor], expected: dict[str, Tensor]) -
 def write_export(
     folder: Path,
     rows: list[dict[str, Any]],
-    manifest: str = "{}",
+    weighting: str = "block",
     validation: list[dict[str, Any]] | None = None,
 ) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / "pear_export.json").write_text(manifest)
+    (folder / "pear_export.json").write_text(json.dumps({"format": "hf", "weighting": weighting}))
     for split, split_rows in (("train", rows), ("validation", validation)):
         if split_rows:
             table = pa.Table.from_pylist(split_rows, EXPORT_HF)
@@ -216,12 +216,12 @@ def test_padded_evaluated_and_exported_again(axolotl: dict[str, str], policy: Pa
         "eval_steps": 1,
     }
     expected, loss = expected_step(policy, ROWS)
-    write_export(tmp_path / "weighted", ROWS, "{}", validation=ROWS)
+    write_export(tmp_path / "weighted", ROWS, "block", validation=ROWS)
     assert largest_difference(train(tmp_path, policy, axolotl, **padded), expected) <= TOLERANCE
     losses = re.findall(r"'eval_loss': '([0-9.]+)'", (tmp_path / "train.log").read_text())
     assert float(losses[0]) == pytest.approx(loss, abs=1e-3), "of the initial policy"
     halved = [{**row, "loss_weights": [weight / 2 for weight in row["loss_weights"]]} for row in ROWS]
-    write_export(tmp_path / "weighted", halved, '{"weighting": "halved"}', validation=halved)
+    write_export(tmp_path / "weighted", halved, "halved", validation=halved)
     expected, _ = expected_step(policy, halved)
     assert largest_difference(train(tmp_path, policy, axolotl, **padded), expected) <= TOLERANCE
 
@@ -271,8 +271,10 @@ print(json.dumps(answers))
 """
 
 
-def test_what_would_lose_the_weights_is_refused(axolotl: dict[str, str]) -> None:
+def test_what_would_lose_the_weights_is_refused(axolotl: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "pear_export.json").write_text('{"format": "hf-packed"}')
     settings: dict[str, Any] = {
+        "datasets": [{"path": str(tmp_path)}],
         "chunked_cross_entropy": True,
         "liger_fused_linear_cross_entropy": True,
         "use_eaft": True,
@@ -296,5 +298,6 @@ def test_what_would_lose_the_weights_is_refused(axolotl: dict[str, str]) -> None
     )
     answers = json.loads(done.stdout.splitlines()[-1])
     assert {answers[name] for name in harmless} == {"accepted"}
-    for name in settings:
+    assert answers.pop("datasets").endswith("is an export of --format hf-packed: Axolotl takes --format hf")
+    for name in settings.keys() - {"datasets"}:
         assert re.search(rf"\b{name}\b.*(: |, )", answers[name]), answers[name]
