@@ -218,10 +218,13 @@ class _SFTCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = [sample for feature in features for sample in _samples(feature)]
-        if any(WEIGHTS in row for row in rows):
-            return self.collator(rows)
-        batch = self.collator([{**row, WEIGHTS: [0.0] * len(row["input_ids"])} for row in rows])
-        del batch[WEIGHTS]
+        if not any(WEIGHTS in row for row in rows):
+            batch = self.collator([{**row, WEIGHTS: [0.0] * len(row["input_ids"])} for row in rows])
+            del batch[WEIGHTS]
+            return batch
+        batch = self.collator(rows)
+        if BEHAVIOR in rows[0] and BEHAVIOR not in batch:
+            batch[BEHAVIOR] = self.collator([{**row, WEIGHTS: row[BEHAVIOR]} for row in rows])[WEIGHTS]
         return batch
 
 

@@ -28,8 +28,10 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
+from pear_data import importance_weights
 from pear_data.demo import asset
 from pear_data.hooks.trl import make_sft_trainer
+from pear_data.loss.live import LivePear
 from pear_data.schema import EXPORT_HF
 
 PAGE = Path(__file__).parents[2] / "pear_data" / "hooks" / "trl.md"
@@ -313,6 +315,78 @@ def test_evaluation(mode: str, exported: datasets.Dataset, tokenizer: Any, tmp_p
     assert found["eval_weighted_loss"] == pytest.approx(weighted, abs=TOLERANCE)
     assert found["eval_plain_loss"] == pytest.approx(plain, abs=TOLERANCE)
     assert trainer.evaluate(both["plain"])["eval_loss"] == pytest.approx(plain, abs=TOLERANCE)
+
+
+def test_metrics_that_a_user_computes_see_the_logits(
+    exported: datasets.Dataset, tokenizer: Any, tmp_path: Path
+) -> None:
+    args = config(tmp_path, per_device_eval_batch_size=len(ROWS))
+    trainer = make_sft_trainer(
+        make_model(),
+        args,
+        exported,
+        exported,
+        processing_class=tokenizer,
+        compute_metrics=lambda prediction: {"vocabulary": float(prediction.predictions.shape[-1])},
+    )
+    assert trainer.evaluate()["eval_vocabulary"] == VOCAB
+
+
+def with_live_columns(model: PreTrainedModel, level: str) -> list[dict[str, Any]]:
+    """The rows with a made-up behavior policy's log-probs, and the weights that `pear-data weight` makes of them."""
+    generator = torch.Generator().manual_seed(7)
+    exact = copy.deepcopy(model).double().eval()
+    rows = []
+    for row in ROWS:
+        ids = torch.tensor(row["input_ids"])
+        scored = torch.tensor(row["labels"]) != -100
+        with torch.no_grad():
+            logits = exact(input_ids=ids[None], use_cache=False).logits[0]
+        target = torch.zeros(len(ids), dtype=torch.float64)
+        target[1:] = logits.log_softmax(-1)[:-1].gather(1, ids[1:, None])[:, 0]
+        behavior = target - 0.2 * torch.randn(len(ids), generator=generator) + 0.1
+        weights = torch.zeros(len(ids))
+        weights[scored] = torch.from_numpy(
+            importance_weights(
+                target[scored].numpy(), behavior[scored].float().numpy(), [int(scored.sum())], level=level
+            )
+        )
+        columns = {"loss_weights": weights, "behavior_logprobs": (behavior * scored).float()}
+        rows.append({**row, **{name: column.tolist() for name, column in columns.items()}})
+    return rows
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("level", ["token", "block", "sequence"])
+def test_live_weights_of_the_initial_policy_are_the_frozen_ones(
+    level: Any, mode: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Frozen weights stand in `loss_weights` for the reference; live ones do not look at them."""
+
+    def trained(rows: list[dict[str, Any]], **live: Any) -> dict[str, Tensor]:
+        model = make_model()
+        data = datasets.Dataset.from_list(rows)
+        args = config(tmp_path, **MODES[mode])
+        make_sft_trainer(model, args, data, processing_class=tokenizer, **live).train()
+        return parameters(model)
+
+    frozen = with_live_columns(make_model(), level)
+    spread = [weight for row in frozen for weight in row["loss_weights"] if weight]
+    assert max(spread) > 1.1 * min(spread)
+    live = [{**row, "loss_weights": ONES[i]["loss_weights"]} for i, row in enumerate(frozen)]
+    after = trained(live, live=LivePear(level=level))
+    assert largest_difference(after, expected_parameters(make_model(), frozen)) <= TOLERANCE
+    assert largest_difference(after, trained(frozen)) <= 1e-6
+    assert largest_difference(after, trained(live)) > 1e-3
+
+
+def test_live_weights_without_behavior_logprobs_are_refused(
+    exported: datasets.Dataset, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="the train dataset has no behavior_logprobs"):
+        make_sft_trainer(
+            make_model(), config(tmp_path), exported, processing_class=tokenizer, live=LivePear()
+        )
 
 
 TWO_PROCESSES = """
