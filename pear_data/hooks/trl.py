@@ -34,6 +34,7 @@ _TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", WEIGHTS, BEHAVIOR)
 
 _REFUSED_SETTINGS = {
     "assistant_only_loss": ((False,), "the export's labels say what is scored"),
+    "average_tokens_across_devices": ((True,), "each rank would divide by its own labels"),
     "completion_only_loss": ((None, False), "the export's labels say what is scored"),
     "label_smoothing_factor": ((0,), "a weight multiplies the loss of one token, which smoothing spreads"),
     "loss_type": (("nll",), "for DFT, export the weights of `pear-data weight --level dft`"),
@@ -243,9 +244,11 @@ def _samples(feature: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _refuse(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
     for name, (harmless, reason) in _REFUSED_SETTINGS.items():
-        value = getattr(args, name, harmless[0])
+        value = getattr(args, name)
         if value not in harmless:
             raise ValueError(f"SFTConfig({name}={value!r}) does not go with loss_weights: {reason}")
+    if args.packing and args.max_length is None:
+        raise ValueError("SFTConfig(packing=True) needs max_length, the tokens of a pack")
     for name, reason in _REFUSED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise ValueError(f"make_sft_trainer takes no {name}: {reason}")

@@ -435,6 +435,8 @@ def test_two_processes(tmp_path: Path) -> None:
         ({"loss_type": "dft"}, {}, r"loss_type='dft'.*--level dft"),
         ({"label_smoothing_factor": 0.1}, {}, r"label_smoothing_factor=0.1.*one token"),
         ({"packing": True, "packing_strategy": "wrapped"}, {}, r"packing_strategy='wrapped'.*cuts samples"),
+        ({"average_tokens_across_devices": False}, {}, "each rank would divide by its own labels"),
+        ({"packing": True, "max_length": None}, {}, "needs max_length"),
         ({}, {"data_collator": list}, "takes no data_collator"),
         ({}, {"compute_loss_func": print}, "takes no compute_loss_func"),
         ({}, {"formatting_func": str}, "takes no formatting_func"),
