@@ -99,6 +99,9 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         _refuse(args, kwargs)
         self.live = live
         self.fused_head = fused_head
+        if args.accelerator_config.dispatch_batches is None:
+            # Dispatching, accelerate's way with streams, cannot join batches that are not of tensors alone.
+            args.accelerator_config.dispatch_batches = False
         super().__init__(model=model, args=args, **kwargs)
         _refuse_split_sequences(self.accelerator.parallelism_config)
         # TRL divides by the Trainer's count of labels, whether or not the model's own loss would.

@@ -306,13 +306,18 @@ def test_evaluation(mode: str, exported: datasets.Dataset, tokenizer: Any, tmp_p
     """Weighted where the rows have weights, TRL's own where they have none."""
     model = make_model()
     args = config(tmp_path, per_device_eval_batch_size=len(ROWS), **MODES[mode])
-    both = {"weighted": exported, "plain": exported.remove_columns("loss_weights")}
+    both = {
+        "weighted": exported,
+        "plain": exported.remove_columns("loss_weights"),
+        "streamed": exported.to_iterable_dataset(),
+    }
     exact = copy.deepcopy(model).double()
     with torch.no_grad():
         weighted, plain = float(weighted_loss(exact, ROWS)), float(weighted_loss(exact, ONES))
     trainer = make_sft_trainer(model, args, exported, both, processing_class=tokenizer)
     found = trainer.evaluate()
     assert found["eval_weighted_loss"] == pytest.approx(weighted, abs=TOLERANCE)
+    assert found["eval_streamed_loss"] == pytest.approx(weighted, abs=TOLERANCE)
     assert found["eval_plain_loss"] == pytest.approx(plain, abs=TOLERANCE)
     assert trainer.evaluate(both["plain"])["eval_loss"] == pytest.approx(plain, abs=TOLERANCE)
 
