@@ -10,11 +10,10 @@ gradient accumulation, data parallelism) remains TRL's own code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
@@ -23,14 +22,22 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import FusedCausalLMOutput, global_then_local_main_first
 
+from pear_data.hooks.trl_rows import (
+    BEHAVIOR,
+    PACKED,
+    TOKEN_COLUMNS,
+    WEIGHTS,
+    SFTCollator,
+    refusing_longer_rows,
+    require_columns,
+    require_padding_free,
+)
 from pear_data.loss import PearCollator
 from pear_data.loss.live import LivePear
 
-WEIGHTS = "loss_weights"
-BEHAVIOR = "behavior_logprobs"
+Normaliser = Literal["tokens", "weights", "sequences"] | float
+
 IGNORE_INDEX = -100
-PACKED = "seq_lengths"
-_TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", WEIGHTS, BEHAVIOR)
 
 _REFUSED_SETTINGS = {
     "assistant_only_loss": ((False,), "the export's labels say what is scored"),
@@ -54,6 +61,7 @@ def make_sft_trainer(
     eval_dataset: Any = None,
     *,
     live: LivePear | None = None,
+    normaliser: Normaliser = "tokens",
     fused_head: bool = True,
     **kwargs: Any,
 ) -> PearSFTTrainer:
@@ -66,7 +74,9 @@ def make_sft_trainer(
     and `kwargs` are SFTTrainer's. Of the tokenizer only the padding token is used.
 
     `live` takes the weights from the trained model's own log-probs and the export's `behavior_logprobs` (`export
-    --live`), in place of `loss_weights`. `fused_head=False` takes the log-probs from all logits at once instead of from
+    --live`), in place of `loss_weights`. `normaliser` puts the sum of the frozen weights ("weights": the absolute scale
+    cancels), the sequences that have labels ("sequences") or a number of your own in N's place; a batch of evaluation
+    is divided by its labels always. `fused_head=False` takes the log-probs from all logits at once instead of from
     TRL's fused head, for models whose head does more than TRL's knows of.
 
     Raises ValueError for what would lose or bypass a weight: missing columns, rows longer than `max_length` (TRL cuts
@@ -79,6 +89,7 @@ def make_sft_trainer(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         live=live,
+        normaliser=normaliser,
         fused_head=fused_head,
         **kwargs,
     )
@@ -93,11 +104,18 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         args: SFTConfig,
         *,
         live: LivePear | None = None,
+        normaliser: Normaliser = "tokens",
         fused_head: bool = True,
         **kwargs: Any,
     ) -> None:
         _refuse(args, kwargs)
+        if live is not None and normaliser == "weights":
+            raise ValueError(
+                "live weights are not known before the step: take another normaliser than weights"
+            )
         self.live = live
+        self.normaliser = normaliser
+        self._rescaling: Tensor | None = None
         self.fused_head = fused_head
         if args.accelerator_config.dispatch_batches is None:
             # Dispatching, accelerate's way with streams, cannot join batches that are not of tensors alone.
@@ -106,12 +124,12 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         _refuse_split_sequences(self.accelerator.parallelism_config)
         # TRL divides by the Trainer's count of labels, whether or not the model's own loss would.
         self.model_accepts_loss_kwargs = True
-        self.data_collator = _SFTCollator(
+        self.data_collator = SFTCollator(
             PearCollator(self._tokenizer.pad_token_id, self.padding_free, self.args.pad_to_multiple_of)
         )
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*_TOKEN_COLUMNS, PACKED, "sample_id"]
+        self._signature_columns = [*TOKEN_COLUMNS, PACKED, "sample_id"]
 
     def _prepare_dataset(
         self,
@@ -131,20 +149,32 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
             *([WEIGHTS] * weighted),
             *([BEHAVIOR] * (weighted and bool(self.live))),
         ]
-        _require_columns(dataset_name, columns, required)
+        require_columns(dataset_name, columns, required)
         if PACKED in columns:
-            _require_padding_free(dataset_name, self.padding_free, packing)
+            require_padding_free(dataset_name, self.padding_free, packing)
         elif args.max_length is not None:
-            dataset = _refusing_longer_rows(dataset_name, dataset, args.max_length)
+            dataset = refusing_longer_rows(dataset_name, dataset, args.max_length)
         with global_then_local_main_first():
             if args.shuffle_dataset:
                 dataset = dataset.shuffle(seed=args.seed)
             if packing:
-                dataset = dataset.select_columns([name for name in _TOKEN_COLUMNS if name in columns])
+                dataset = dataset.select_columns([name for name in TOKEN_COLUMNS if name in columns])
                 dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
                 if args.shuffle_dataset:
                     dataset = dataset.shuffle(seed=args.seed)
         return dataset
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """TRL's own count of labels, by which it divides; what weights are multiplied by makes up the difference."""
+        labels = super()._get_num_items_in_batch(batch_samples, device)
+        if self.normaliser == "tokens" or not batch_samples:
+            return labels
+        denominator: Any = self.normaliser
+        if isinstance(denominator, str):
+            local = torch.stack([_counted(batch, denominator) for batch in batch_samples]).sum()
+            denominator = self.accelerator.gather(local.to(device)).sum() / self.get_tp_size()
+        self._rescaling = labels / denominator
+        return labels
 
     def compute_loss(
         self,
@@ -174,6 +204,8 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         outputs = model(**inputs, fused_lm_head=True) if self.fused_head else _full_head(model, **inputs)
         if weights is not None:
             weights = self._weights(weights, behavior, outputs, inputs.get("seq_idx"))
+            if self._rescaling is not None and self.model.training:
+                weights = weights * self._rescaling
             outputs.log_probs = outputs.log_probs * weights
         return outputs
 
@@ -187,6 +219,18 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
             raise ValueError("a batch has no behavior_logprobs: export with --live")
         ids = None if sequence_ids is None else _aligned(sequence_ids, length)
         return self.live.weights(outputs.log_probs, _aligned(behavior, length), outputs.label_mask, ids)
+
+
+def _counted(batch: Mapping[str, Any], normaliser: str) -> Tensor:
+    """The sum of a batch's weights, or the number of its sequences that have labels; float32 scalar."""
+    scored: Tensor = batch["labels"] != IGNORE_INDEX
+    if normaliser == "weights":
+        weights: Tensor = batch[WEIGHTS]
+        return weights.sum()
+    if "seq_idx" not in batch:
+        return scored.any(1).sum().float()
+    sequences = torch.zeros(batch["cu_seq_lens_q"].numel() - 1, device=scored.device)
+    return sequences.scatter_reduce(0, batch["seq_idx"][0].long(), scored[0].float(), "amax").sum()
 
 
 def _aligned(values: Tensor, length: int) -> Tensor:
@@ -214,37 +258,6 @@ def _full_head(model: Any, labels: Tensor, **inputs: Any) -> FusedCausalLMOutput
     )
 
 
-class _SFTCollator:
-    """PearCollator for TRL's loaders: packs laid out again as their samples, and evaluation rows without weights."""
-
-    def __init__(self, collator: PearCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows = [sample for feature in features for sample in _samples(feature)]
-        if not any(WEIGHTS in row for row in rows):
-            batch = self.collator([{**row, WEIGHTS: [0.0] * len(row["input_ids"])} for row in rows])
-            del batch[WEIGHTS]
-            return batch
-        batch = self.collator(rows)
-        if BEHAVIOR in rows[0] and BEHAVIOR not in batch:
-            batch[BEHAVIOR] = self.collator([{**row, WEIGHTS: row[BEHAVIOR]} for row in rows])[WEIGHTS]
-        return batch
-
-
-def _samples(feature: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The samples of a pack; a row that is no pack is its only sample."""
-    if PACKED not in feature:
-        return [feature]
-    lengths = torch.as_tensor(feature[PACKED]).tolist()
-    columns = {
-        name: torch.split(torch.as_tensor(feature[name]), lengths)
-        for name in _TOKEN_COLUMNS
-        if name in feature
-    }
-    return [dict(zip(columns, sample, strict=True)) for sample in zip(*columns.values(), strict=True)]
-
-
 def _refuse(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
     for name, (harmless, reason) in _REFUSED_SETTINGS.items():
         value = getattr(args, name)
@@ -262,44 +275,4 @@ def _refuse_split_sequences(parallelism: Any) -> None:
         raise ValueError(
             "context and sequence parallelism split a sequence over devices, and its weights would stay whole: "
             "set cp_size and sp_size to 1"
-        )
-
-
-def _require_columns(name: str, columns: Sequence[str], required: Sequence[str]) -> None:
-    missing = [column for column in required if column not in columns]
-    if missing:
-        raise ValueError(
-            f"the {name} dataset has no {', '.join(missing)}: train on what `pear-data export --format hf` wrote"
-        )
-
-
-def _require_padding_free(name: str, padding_free: bool, packing: bool) -> None:
-    if packing or not padding_free:
-        raise ValueError(
-            f"the {name} dataset is packed already (seq_lengths): set SFTConfig(packing=False, padding_free=True, "
-            "max_length=None), or its packs would be taken apart and padded"
-        )
-
-
-def _refusing_longer_rows(
-    name: str, dataset: Dataset | IterableDataset, limit: int
-) -> Dataset | IterableDataset:
-    """The dataset, none of whose rows has more tokens than `limit`; a stream is looked at as it flows."""
-    if isinstance(dataset, IterableDataset):
-        return dataset.map(partial(_refuse_longer_rows, name=name, limit=limit), batched=True)
-    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
-        _refuse_longer(name, pc.max(pc.list_value_length(table["input_ids"])).as_py(), limit)
-    return dataset
-
-
-def _refuse_longer_rows(rows: Mapping[str, list[Any]], name: str, limit: int) -> Mapping[str, list[Any]]:
-    _refuse_longer(name, max(map(len, rows["input_ids"])), limit)
-    return rows
-
-
-def _refuse_longer(name: str, longest: int, limit: int) -> None:
-    if longest > limit:
-        raise ValueError(
-            f"the {name} dataset has a row of {longest} tokens and max_length is {limit}, where TRL would cut ids and "
-            "labels but not weights: set SFTConfig(max_length=None) or a larger one, or export with --max-length"
         )

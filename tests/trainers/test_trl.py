@@ -91,6 +91,11 @@ def make_rows(count: int = 16) -> list[dict[str, Any]]:
 
 
 ROWS = make_rows()
+DENOMINATORS = {
+    "tokens": sum(label != -100 for row in ROWS for label in row["labels"]),
+    "weights": sum(weight for row in ROWS for weight in row["loss_weights"]),
+    "sequences": len(ROWS),
+}
 ONES = [{**row, "loss_weights": [float(label != -100) for label in row["labels"]]} for row in ROWS]
 
 
@@ -193,11 +198,14 @@ def balancing_loss(model: nn.Module, rows: list[dict[str, Any]]) -> Tensor:
 
 
 def expected_parameters(
-    model: PreTrainedModel, rows: list[dict[str, Any]], micro_batches: int = 2
+    model: PreTrainedModel,
+    rows: list[dict[str, Any]],
+    micro_batches: int = 2,
+    denominator: float = DENOMINATORS["tokens"],
 ) -> dict[str, Tensor]:
     """The parameters after one SGD step of lr 1, in float64."""
     exact = copy.deepcopy(model).double().train()
-    loss = weighted_loss(exact, rows)
+    loss = weighted_loss(exact, rows) * (DENOMINATORS["tokens"] / denominator)
     if hasattr(exact.config, "num_experts"):
         size = len(rows) // micro_batches
         parts = [balancing_loss(exact, rows[i : i + size]) for i in range(0, len(rows), size)]
@@ -238,6 +246,19 @@ def test_one_step_is_the_formula(
         model, config(tmp_path, **MODES[mode]), exported, processing_class=tokenizer, fused_head=fused_head
     ).train()
     assert largest_difference(parameters(model), before) > 0.1, "the step must be large enough to test"
+    assert largest_difference(parameters(model), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("normaliser", ["weights", "sequences", 100.0])
+def test_other_denominators(
+    normaliser: Any, mode: str, exported: datasets.Dataset, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_model()
+    denominator = DENOMINATORS.get(normaliser, normaliser)
+    expected = expected_parameters(model, ROWS, denominator=10 * denominator)
+    args = config(tmp_path, **MODES[mode], learning_rate=0.1)
+    make_sft_trainer(model, args, exported, processing_class=tokenizer, normaliser=normaliser).train()
     assert largest_difference(parameters(model), expected) <= TOLERANCE
 
 
@@ -401,16 +422,17 @@ from pear_data.demo import asset
 from pear_data.hooks.trl import make_sft_trainer
 folder = pathlib.Path(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(asset("initial"))
-for mode in ("padded", "padding_free"):
+for mode, normaliser in test_trl.ON_TWO_PROCESSES:
     model = test_trl.make_model("qwen2")
     args = test_trl.config(folder, **test_trl.MODES[mode], per_device_train_batch_size=4)
     rows = datasets.Dataset.from_list(test_trl.ROWS)
-    trainer = make_sft_trainer(model, args, rows, processing_class=tokenizer)
+    trainer = make_sft_trainer(model, args, rows, processing_class=tokenizer, normaliser=normaliser)
     assert trainer.accelerator.num_processes == 2
     trainer.train()
     if trainer.is_world_process_zero():
-        torch.save(test_trl.parameters(model), folder / f"{mode}.pt")
+        torch.save(test_trl.parameters(model), folder / f"{mode}-{normaliser}.pt")
 """
+ON_TWO_PROCESSES = [("padded", "tokens"), ("padding_free", "tokens"), ("padding_free", "weights")]
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -427,9 +449,10 @@ def test_two_processes(tmp_path: Path) -> None:
         [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = expected_parameters(make_model(), ROWS)
-    for mode in ("padded", "padding_free"):
-        assert largest_difference(torch.load(tmp_path / f"{mode}.pt"), expected) <= TOLERANCE
+    for mode, normaliser in ON_TWO_PROCESSES:
+        expected = expected_parameters(make_model(), ROWS, denominator=DENOMINATORS[normaliser])
+        after = torch.load(tmp_path / f"{mode}-{normaliser}.pt")
+        assert largest_difference(after, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -444,6 +467,7 @@ def test_two_processes(tmp_path: Path) -> None:
         ({"packing": True, "max_length": None}, {}, "needs max_length"),
         ({}, {"data_collator": list}, "takes no data_collator"),
         ({}, {"compute_loss_func": print}, "takes no compute_loss_func"),
+        ({}, {"normaliser": "weights", "live": LivePear()}, "take another normaliser than weights"),
         ({}, {"formatting_func": str}, "takes no formatting_func"),
         ({"max_length": 30}, {}, "a row of 40 tokens and max_length is 30"),
         ({"max_length": 30, "packing": True}, {}, "a row of 40 tokens and max_length is 30"),
