@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ import yaml
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from pear_data import open_store
+from pear_data.cli.entry import run
 from pear_data.demo import asset
 from pear_data.schema import EXPORT_HF
 
@@ -194,14 +197,41 @@ def train(
     return safetensors.torch.load_file(folder / "trained" / "model.safetensors")
 
 
-def test_the_page_packed(axolotl: dict[str, str], policy: Path, tmp_path: Path) -> None:
-    """Two bins of Axolotl's own sample packing, a micro-batch each."""
-    write_export(tmp_path / "weighted", ROWS)
-    before = safetensors.torch.load_file(policy / "model.safetensors")
-    after = train(tmp_path, policy, axolotl, sequence_len=200, micro_batch_size=1)
-    assert largest_difference(after, before) > 0.1, "the step must be large enough to test"
-    expected, _ = expected_step(policy, ROWS)
+def test_the_page(axolotl: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its export, then its configuration: two bins of Axolotl's own sample packing, a micro-batch each."""
+    monkeypatch.chdir(tmp_path)
+    corpus = [str(asset("corpus")), "--limit", "16", "--engine", "transformers"]
+    assert run(["score", *corpus, "--model", str(asset("initial"))]) == 0
+    behavior = ["--policy", "behavior", "--model", str(asset("behavior")), "--engine", "transformers"]
+    assert run(["score", *behavior]) == 0
+    assert run(["weight", "--level", "block"]) == 0
+    assert run(shlex.split(page_block(""))[1:]) == 0
+    rows = stored_rows(open_store("pear_store"))
+    half = sum(len(row["input_ids"]) for row in rows) // 2
+    longest = max(len(row["input_ids"]) for row in rows)
+    after = train(tmp_path, asset("initial"), axolotl, sequence_len=half + longest, micro_batch_size=1)
+    before = safetensors.torch.load_file(asset("initial") / "model.safetensors")
+    expected, _ = expected_step(asset("initial"), rows)
+    assert largest_difference(after, before) > 0.01, "the step must be large enough to test"
     assert largest_difference(after, expected) <= TOLERANCE
+
+
+def stored_rows(store: Any) -> list[dict[str, Any]]:
+    """Samples and their block weights as rows, put together from the store."""
+    rows = []
+    for sample, weighted in zip(
+        store.corpus.to_table().to_pylist(), store.weights["block"].to_table().to_pylist(), strict=True
+    ):
+        weights = iter(weighted["weights"])
+        scored = list(zip(sample["input_ids"], sample["loss_mask"], strict=True))
+        rows.append(
+            {
+                "input_ids": sample["input_ids"],
+                "labels": [token if is_scored else -100 for token, is_scored in scored],
+                "loss_weights": [next(weights) if is_scored else 0.0 for _, is_scored in scored],
+            }
+        )
+    return rows
 
 
 def test_padded_evaluated_and_exported_again(axolotl: dict[str, str], policy: Path, tmp_path: Path) -> None:
