@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,12 @@ ONE_STEP: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def axolotl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def axolotl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment variables under which Python finds Axolotl."""
     folder = tmp_path_factory.mktemp("axolotl")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
     subprocess.run([*install, *REQUIREMENTS], check=True, timeout=300)
-    return {
+    yield {
         **os.environ,
         "PYTHONPATH": str(folder),
         "OMP_NUM_THREADS": "1",
@@ -87,6 +89,7 @@ def axolotl(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "AXOLOTL_DO_NOT_TRACK": "1",
     }
+    shutil.rmtree(folder)
 
 
 def make_rows(count: int = 16) -> list[dict[str, Any]]:
