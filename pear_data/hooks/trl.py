@@ -218,7 +218,11 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         if behavior is None:
             raise ValueError("a batch has no behavior_logprobs: export with --live")
         ids = None if sequence_ids is None else _aligned(sequence_ids, length)
-        return self.live.weights(outputs.log_probs, _aligned(behavior, length), outputs.label_mask, ids)
+        # Only the tokens of samples marked negative have frozen weights below 0.
+        negative = _aligned(weights, length) < 0
+        return self.live.weights(
+            outputs.log_probs, _aligned(behavior, length), outputs.label_mask, ids, negative
+        )
 
 
 def _counted(batch: Mapping[str, Any], normaliser: str) -> Tensor:

@@ -415,6 +415,26 @@ def test_live_weights_without_behavior_logprobs_are_refused(
         )
 
 
+def test_live_weights_of_negative_samples(tokenizer: Any, tmp_path: Path) -> None:
+    """-lambda times the sequence-level weight, told from the sign of the frozen weights."""
+    model = make_model()
+    frozen, sequence = with_live_columns(model, "block"), with_live_columns(model, "sequence")
+    for i in (0, 5, 11):
+        frozen[i]["loss_weights"] = [-0.5 * weight for weight in sequence[i]["loss_weights"]]
+    expected = expected_parameters(model, frozen)
+    live = [
+        {**row, "loss_weights": [float(w > 0) - float(w < 0) for w in row["loss_weights"]]} for row in frozen
+    ]
+    make_sft_trainer(
+        model,
+        config(tmp_path, **PADDING_FREE),
+        datasets.Dataset.from_list(live),
+        processing_class=tokenizer,
+        live=LivePear(negative_scale=0.5),
+    ).train()
+    assert largest_difference(parameters(model), expected) <= TOLERANCE
+
+
 TWO_PROCESSES = """
 import pathlib, sys, torch, datasets, test_trl
 from transformers import AutoTokenizer
