@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from pear_data.trainers import FORMATS, format_fault
 from pear_data.weighting import CLIP_LOG_RATIO, CLIP_LOG_WEIGHT
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
@@ -251,12 +252,61 @@ class WeightSettings(Settings):
         return self.name or self.level
 
 
+def _check_format(name: str) -> str:
+    if fault := format_fault(name):
+        raise ValueError(fault)
+    return name
+
+
 class ExportSettings(Settings):
     """A weighted dataset for a trainer."""
 
     out: str = Field(description="Directory to write; must be new or empty.")
     weights: Name = Field("block", description="Weighting to export.")
-    format: Literal["hf"] = Field("hf", description="Layout of the dataset.")
+    format: Annotated[str, AfterValidator(_check_format)] = Field(
+        "hf",
+        description=f"Layout of the dataset: {', '.join(FORMATS)}.",
+        json_schema_extra={"enum": [*FORMATS]},
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Tokens a sample is cut to, and a pack is filled to (hf, hf-packed, verl)."
+    )
+    eval_fraction: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the samples for evaluation (validation-*), chosen by their ids alone.",
+    )
+    where: str | None = Field(
+        None, description="SQL predicate over the columns of the view `samples`; others stay out."
+    )
+    live: bool = Field(
+        False,
+        description="Add the behavior policy's log-probs, for weights formed while training (hf, hf-packed).",
+    )
+    behavior: Name | None = Field(
+        None, description="Policy whose log-probs --live adds; by default the weighting's."
+    )
+    shard_tokens: int = Field(
+        16_000_000,
+        ge=1,
+        description="Tokens per file; streaming loaders want a multiple of ranks times workers of files.",
+    )
+    check: bool = Field(
+        False, description="Write nothing; read the export at OUT again and fail where a row is not sound."
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> ExportSettings:
+        if self.format == "hf-packed" and self.max_length is None and not self.check:
+            raise ValueError("format hf-packed needs max_length, the tokens of a pack")
+        if self.max_length is not None and self.format not in ("hf", "hf-packed", "verl"):
+            raise ValueError(f"max_length does not go with format {self.format}, whose rows stay whole")
+        if self.live and self.format not in ("hf", "hf-packed"):
+            raise ValueError(f"live goes with format hf or hf-packed, not {self.format}")
+        if self.behavior is not None and not self.live:
+            raise ValueError("behavior goes with live: without it no policy's log-probs are exported")
+        return self
 
 
 class ReportSettings(Settings):

@@ -51,6 +51,8 @@ PLACES = {
     "quarantine": "STORE/quarantine/corpus-part-NNNNN.parquet",
     "vocabulary": "STORE/tokenizer/vocabulary.parquet",
     "export_hf": "OUT/train-NNNNN.parquet",
+    "export_packed": "PACKED_OUT/train-NNNNN.parquet",
+    "export_verl": "VERL_OUT/train-NNNNN.parquet",
 }
 
 # Column: what it holds; "ARTEFACT.column" where an artefact has a meaning of its own.
@@ -109,6 +111,9 @@ MEANINGS = {
     "attention_mask": "1 for every token.",
     "labels": "input_ids where scored, -100 elsewhere; unshifted.",
     "loss_weights": "Weight of each label, at the label's index; 0 where not scored.",
+    "position_ids": "Position of each token in its sample, from 0.",
+    "seq_lengths": "Tokens of each sample of the pack, in order.",
+    "sample_ids": "Identity of each sample of the pack, in order.",
 }
 
 

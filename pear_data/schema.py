@@ -155,6 +155,29 @@ EXPORT_HF = pa.schema(
     ]
 )
 
+EXPORT_PACKED = pa.schema(
+    [
+        _required("input_ids", INPUT_IDS),
+        _required("labels", _list_of(pa.int32())),
+        _required("loss_weights", FLOATS),
+        _required("position_ids", _list_of(pa.int32())),
+        _required("seq_lengths", _list_of(pa.int32())),
+        _required("sample_ids", _list_of(pa.string())),
+    ]
+)
+
+EXPORT_VERL = pa.schema(
+    [
+        _required("input_ids", INPUT_IDS),
+        _required("loss_weights", FLOATS),
+        _required("sample_id", pa.string()),
+        _required("source", pa.string()),
+    ]
+)
+
+# What `export --live` adds to a row: at the index of the label, 0 where nothing is scored.
+BEHAVIOR_LOGPROBS = _required("behavior_logprobs", FLOATS)
+
 ARTEFACTS: dict[str, pa.Schema] = {
     "corpus": CORPUS,
     "corpus_summary": CORPUS_SUMMARY,
@@ -165,10 +188,17 @@ ARTEFACTS: dict[str, pa.Schema] = {
     "quarantine": QUARANTINE,
     "vocabulary": VOCABULARY,
     "export_hf": EXPORT_HF,
+    "export_packed": EXPORT_PACKED,
+    "export_verl": EXPORT_VERL,
 }
 
 _REPEATING = {"source", "status", "reason", "input"}
-_SPLIT = {"logprobs.list.element", "weights.list.element", "loss_weights.list.element"}
+_SPLIT = {
+    "logprobs.list.element",
+    "weights.list.element",
+    "loss_weights.list.element",
+    "behavior_logprobs.list.element",
+}
 
 
 def _leaf_paths(schema: pa.Schema) -> list[str]:

@@ -16,8 +16,7 @@ from pear_data.chat.spans import ScoredText
 from pear_data.chat.token_bytes import Lengths, TokenBytes
 from pear_data.chat.tokenization import ChatTokenizer, TokenizedSample
 from pear_data.chat.turn_texts import Piece, TurnText, as_read, corresponding, turn_texts
-from pear_data.corpus.layouts import Tokens, pair_layout, recognised
-from pear_data.corpus.records import parse_json
+from pear_data.corpus.stored_records import conversation_of
 from pear_data.errors import SampleError
 from pear_data.tokens import TokenBatch
 
@@ -98,19 +97,9 @@ class ForeignRows:
     def _own_texts(self, record: str) -> tuple[Conversation, list[ScoredText]]:
         # One record may be that of several samples, which are neighbours.
         if self._latest is None or self._latest[0] != record:
-            conversation = self._conversation(record)
+            conversation = conversation_of(record, self._fields)
             self._latest = record, conversation, self._own.chat.scored_texts(conversation)
         return self._latest[1:]
-
-    def _conversation(self, record: str) -> Conversation:
-        fields = parse_json(record)
-        prompt, response = self._fields
-        layouts = [pair_layout(prompt, response)] if prompt and response else recognised(fields)
-        if not layouts:
-            raise SampleError("the row came as token ids: there is no text for another tokenizer to read")
-        content = layouts[0].content(fields)
-        assert not isinstance(content, Tokens)  # a record holds no token ids
-        return content
 
     def _compared(
         self, row: _Rendered, tokenized: Iterator[TokenizedSample | SampleError]

@@ -58,6 +58,33 @@ def check(query: str, parser: duckdb.DuckDBPyConnection) -> Query:
     return Query(query, frozenset(_tables(nodes)), _columns(nodes))
 
 
+def rows_where(predicate: str, column: str, parser: duckdb.DuckDBPyConnection) -> str:
+    """`SELECT column FROM samples WHERE predicate`, if whether a row is taken depends on that row alone.
+
+    Raises:
+        UsageError: the predicate does not parse, or is more than a condition on one row (a subquery, a LIMIT).
+    """
+
+    def around(condition: str) -> str:
+        return f"SELECT {column} FROM samples WHERE (\n{condition}\n)"
+
+    query = around(predicate)
+    check(query, parser)
+    parsed = _parsed(query, parser)
+    if any(node.get("class") == "SUBQUERY" for node in _nodes(parsed)) or _frame(parsed) != _frame(
+        _parsed(around("true"), parser)
+    ):
+        raise UsageError(
+            f"{predicate!r} is no condition on the columns of one sample: give one as after WHERE, without SELECT"
+        )
+    return query
+
+
+def _frame(tree: Any) -> Any:
+    """The statement around the condition after WHERE."""
+    return [{**statement["node"], "where_clause": None} for statement in tree["statements"]]
+
+
 def first_line(error: Exception) -> str:
     """DuckDB's message without the hints and the pointer into the query below it."""
     return str(error).splitlines()[0]

@@ -23,7 +23,7 @@ from duckdb.func import FunctionNullHandling, PythonUDFType
 from pear_data.errors import MismatchError, PearError
 from pear_data.store.joined_views import SPAN_LOG_RATIOS
 from pear_data.store.manifest import FileEntry, Manifest
-from pear_data.store.query_guard import Query, check, first_line
+from pear_data.store.query_guard import Query, check, first_line, rows_where
 from pear_data.store.span_ratios import span_log_ratios
 from pear_data.store.sql_text import literal
 from pear_data.store.view_sql import create_view, file_view_statements, joined_views, viewed_files
@@ -74,6 +74,11 @@ class Views:
         checked = self._checked(query)
         reader = self._run(lambda: self._bound(checked).to_arrow_reader(rows))
         return reader.schema, iter(lambda: self._run(lambda: next(reader, None)), None)
+
+    def query_where(self, predicate: str, column: str) -> str:
+        """`SELECT column FROM samples WHERE predicate`; raises UsageError where it looks at more than one sample."""
+        with self._connection.cursor() as parser:
+            return rows_where(predicate, column, parser)
 
     def close(self) -> None:
         """Let go of the thread."""

@@ -49,6 +49,9 @@ def job(tmp_path_factory):
         assert run(["score", "--policy", policy, "--from-field", policy, *store]) == 0
     assert run(["weight", *store]) == 0
     assert run(["export", str(place / "export"), "--weights", "block", *store]) == 0
+    packs = ["--format", "hf-packed", "--max-length", "16"]
+    assert run(["export", str(place / "packed"), *packs, *store]) == 0
+    assert run(["export", str(place / "verl"), "--format", "verl", *store]) == 0
     return place
 
 
@@ -109,7 +112,8 @@ def test_bundled_recipes_keep_to_their_schema():
 
 def test_real_files_have_the_published_columns(job):
     published = json.loads((folder("schemas") / "artefacts.json").read_text(encoding="utf-8"))["artefacts"]
-    names = {"POLICY": "initial", "NAME": "block", "NNNNN": "00000", "STORE": "store", "OUT": "export"}
+    names = {"POLICY": "initial", "NAME": "block", "NNNNN": "00000", "STORE": "store"}
+    names |= {"PACKED_OUT": "packed", "VERL_OUT": "verl", "OUT": "export"}
     for artefact in published.values():
         place = artefact["place"]
         for placeholder, value in names.items():

@@ -29,8 +29,8 @@ def folder(make_store, samples):
     return folder
 
 
-def run(folder, out, weights="token"):
-    return export(open_store(folder), ExportSettings(out=str(out), weights=weights), Silent())
+def run(folder, out, weights="token", **settings):
+    return export(open_store(folder), ExportSettings(out=str(out), weights=weights, **settings), Silent())
 
 
 def test_each_weight_stands_at_its_label(folder, samples, tmp_path):
@@ -86,7 +86,7 @@ def test_a_killed_export_leaves_nothing_at_its_place_and_is_done_again(folder, t
     partial = tmp_path / ".out.pear_export"
     partial.mkdir()
     (partial / "train-00009.parquet").write_bytes(b"half")
-    run(folder, tmp_path / "out")
+    run(folder, tmp_path / "out", shard_tokens=120)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "pear_export.json",
         "train-00000.parquet",
@@ -107,7 +107,7 @@ def test_an_export_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(commit, "on_write", fail_at_the_third)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(PearError, match="No space left on device"):
-        run(folder, tmp_path / "out")
+        run(folder, tmp_path / "out", shard_tokens=120)
     assert len(writes) == 3
     assert sorted(tmp_path.iterdir()) == before
 
@@ -127,6 +127,6 @@ def test_nothing_to_export_is_an_error(make_store, samples, tmp_path):
     folder = make_store(samples, "negatives")
     with writable_store(folder) as store:
         weight(store, WeightSettings(), Silent())
-    with pytest.raises(UsageError, match="no sample with status ok"):
+    with pytest.raises(UsageError, match="no sample to export"):
         run(folder, tmp_path / "out", "block")
     assert not (tmp_path / "out").exists()
