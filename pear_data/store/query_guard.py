@@ -58,15 +58,15 @@ def check(query: str, parser: duckdb.DuckDBPyConnection) -> Query:
     return Query(query, frozenset(_tables(nodes)), _columns(nodes))
 
 
-def rows_where(predicate: str, column: str, parser: duckdb.DuckDBPyConnection) -> str:
-    """`SELECT column FROM samples WHERE predicate`, if whether a row is taken depends on that row alone.
+def rows_where(select: str, predicate: str, parser: duckdb.DuckDBPyConnection) -> str:
+    """`select WHERE predicate`, if whether a row of `select` (SELECT ... FROM ...) is taken depends on it alone.
 
     Raises:
         UsageError: the predicate does not parse, or is more than a condition on one row (a subquery, a LIMIT).
     """
 
     def around(condition: str) -> str:
-        return f"SELECT {column} FROM samples WHERE (\n{condition}\n)"
+        return f"{select} WHERE (\n{condition}\n)"
 
     query = around(predicate)
     check(query, parser)

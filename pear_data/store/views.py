@@ -75,10 +75,10 @@ class Views:
         reader = self._run(lambda: self._bound(checked).to_arrow_reader(rows))
         return reader.schema, iter(lambda: self._run(lambda: next(reader, None)), None)
 
-    def query_where(self, predicate: str, column: str) -> str:
-        """`SELECT column FROM samples WHERE predicate`; raises UsageError where it looks at more than one sample."""
+    def query_where(self, select: str, predicate: str) -> str:
+        """`select WHERE predicate`; raises UsageError where the predicate is no condition on one row of `select`."""
         with self._connection.cursor() as parser:
-            return rows_where(predicate, column, parser)
+            return rows_where(select, predicate, parser)
 
     def close(self) -> None:
         """Let go of the thread."""

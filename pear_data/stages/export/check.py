@@ -10,11 +10,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pear_data.store.columns import flat_values, list_lengths, offsets_of
+from pear_data.store.columns import IntArray, flat_values, list_lengths, offsets_of
 
 IGNORED_LABEL = -100
 
 Places = npt.NDArray[np.bool_]
+
+_PER_TOKEN = {"labels", "loss_weights", "attention_mask", "position_ids", "behavior_logprobs"}
 
 
 def table_fault(path: Path, schema: pa.Schema, max_length: int | None) -> str | None:
@@ -47,68 +49,61 @@ def weights_fault(name: str, weights: npt.NDArray[np.float64], tokens: int) -> s
 
 def _group_fault(table: pa.Table, max_length: int | None) -> str | None:
     lengths = list_lengths(table["input_ids"])
-    if max_length is not None and (bad := np.flatnonzero(lengths > max_length)).size:
-        row = int(bad[0])
-        return f"{_name(table, row)}: {int(lengths[row])} tokens, more than the {max_length} of max_length"
-    per_token = {"input_ids", "labels", "loss_weights", "attention_mask", "position_ids", "behavior_logprobs"}
-    for name in sorted(per_token & set(table.column_names)):
-        if (bad := np.flatnonzero(list_lengths(table[name]) != lengths)).size:
-            row = int(bad[0])
-            other = int(list_lengths(table[name])[row])
-            return f"{_name(table, row)}: {other} {name} for {int(lengths[row])} input_ids"
-    offsets = offsets_of(lengths)
-    for what, places in _wrong_places(table, lengths, offsets):
-        if (bad := np.flatnonzero(places)).size:
-            row = int(np.searchsorted(offsets, bad[0], side="right")) - 1
-            return f"{_name(table, row)}: {what}, at index {int(bad[0] - offsets[row])}"
+    for what, rows in _wrong_rows(table, lengths, max_length):
+        if (bad := np.flatnonzero(rows)).size:
+            return f"{_row_name(table, int(bad[0]))}: {what}"
+    # From here on packs are taken as the samples in them.
+    packed = "seq_lengths" in table.column_names
+    names = table["sample_ids"].combine_chunks().flatten() if packed else table["sample_id"]
+    offsets = offsets_of(flat_values(table["seq_lengths"]).astype(np.int64) if packed else lengths)
+    for what, tokens in _wrong_tokens(table, offsets):
+        if (bad := np.flatnonzero(tokens)).size:
+            sample = int(np.searchsorted(offsets, bad[0], side="right")) - 1
+            return f"sample {names[sample].as_py()!r}: {what}, at index {int(bad[0] - offsets[sample])}"
     return None
 
 
-def _wrong_places(
-    table: pa.Table, lengths: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64]
-) -> Iterator[tuple[str, Places]]:
-    """What can be wrong, and the tokens where it is."""
+def _wrong_rows(table: pa.Table, lengths: IntArray, max_length: int | None) -> Iterator[tuple[str, Places]]:
+    """What can be wrong with whole rows, and those where it is."""
+    if max_length is not None:
+        yield f"more tokens than the {max_length} of max_length", lengths > max_length
+    for name in table.column_names:
+        if name in _PER_TOKEN:
+            yield f"not as many {name} as input_ids", list_lengths(table[name]) != lengths
+    if "seq_lengths" in table.column_names:
+        counts = list_lengths(table["seq_lengths"])
+        yield "not as many sample_ids as seq_lengths", list_lengths(table["sample_ids"]) != counts
+        of_samples = flat_values(table["seq_lengths"]).astype(np.int64)
+        packs = np.repeat(np.arange(len(counts)), counts)
+        sums = np.bincount(packs, of_samples, len(counts))
+        shortest = np.bincount(packs, of_samples < 1, len(counts))
+        yield "seq_lengths do not sum to the pack's tokens", (sums != lengths) | (shortest > 0)
+
+
+def _wrong_tokens(table: pa.Table, offsets: IntArray) -> Iterator[tuple[str, Places]]:
+    """What can be wrong with single tokens, and those where it is; samples begin at `offsets`."""
     ids, weights = flat_values(table["input_ids"]), flat_values(table["loss_weights"])
     first = np.zeros(len(ids), dtype=np.bool_)
-    first[offsets[:-1][lengths > 0]] = True
+    first[offsets[:-1][np.diff(offsets) > 0]] = True
     yield "a weight is not finite", ~np.isfinite(weights)
     yield "an id is negative", ids < 0
-    if "position_ids" in table.column_names:
-        starts = _sequence_starts(table, lengths)
-        if starts is None:
-            yield "seq_lengths do not sum to the pack's tokens", first
-            return
-        begin = np.maximum.accumulate(np.where(starts, np.arange(len(ids)), 0))
-        positions = flat_values(table["position_ids"])
-        yield "position_ids do not count each sample from 0", positions != np.arange(len(ids)) - begin
-        first = starts
     yield "the first token of a sample has a weight, though nothing predicts it", first & (weights != 0)
+    if "position_ids" in table.column_names:
+        counted = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
+        yield "position_ids do not count from 0", flat_values(table["position_ids"]) != counted
     if "labels" in table.column_names:
         labels = flat_values(table["labels"])
-        yield "a label is neither -100 nor its token", (labels != IGNORED_LABEL) & (labels != ids)
-        yield "there is a weight where the label is -100", (labels == IGNORED_LABEL) & (weights != 0)
-        yield "the first token of a sample has a label", first & (labels != IGNORED_LABEL)
-    if "behavior_logprobs" in table.column_names:
-        behavior = flat_values(table["behavior_logprobs"])
-        yield "a behavior log-prob is no number", ~np.isfinite(behavior)
-        yield (
-            "there is a behavior log-prob where the label is -100",
-            (labels == IGNORED_LABEL) & (behavior != 0),
-        )
+        ignored = labels == IGNORED_LABEL
+        yield "a label is neither -100 nor its token", ~ignored & (labels != ids)
+        yield "there is a weight where the label is -100", ignored & (weights != 0)
+        yield "the first token of a sample has a label", first & ~ignored
+        if "behavior_logprobs" in table.column_names:
+            behavior = flat_values(table["behavior_logprobs"])
+            yield "a behavior log-prob is no number", ~np.isfinite(behavior)
+            yield "there is a behavior log-prob where the label is -100", ignored & (behavior != 0)
 
 
-def _sequence_starts(table: pa.Table, lengths: npt.NDArray[np.int64]) -> Places | None:
-    of_samples = flat_values(table["seq_lengths"]).astype(np.int64)
-    per_pack = list_lengths(table["seq_lengths"])
-    packs = np.repeat(np.arange(len(per_pack)), per_pack)
-    if (of_samples < 1).any() or (np.bincount(packs, of_samples, len(per_pack)) != lengths).any():
-        return None
-    starts = np.zeros(int(lengths.sum()), dtype=np.bool_)
-    starts[np.cumsum(of_samples) - of_samples] = True
-    return starts
-
-
-def _name(table: pa.Table, row: int) -> str:
+def _row_name(table: pa.Table, row: int) -> str:
     if "sample_id" in table.column_names:
         return f"sample {table['sample_id'][row].as_py()!r}"
     return f"the pack of {', '.join(map(repr, table['sample_ids'][row].as_py()[:3]))}"

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+import pyarrow as pa
+
 from pear_data.stages.export.formats import Write
 from pear_data.stages.export.rows import Rows
 from pear_data.store.commit import atomic_path
 
-Objects = Callable[[Rows], Iterable[dict[str, Any]]]
+Lines = Callable[[Rows], bytes]
 
 
-def opener(objects: Objects) -> Callable[[Path], contextlib.AbstractContextManager[Write]]:
-    """Writes one line for each of `objects(rows)`."""
+def opener(lines: Lines) -> Callable[[Path], contextlib.AbstractContextManager[Write]]:
+    """Writes `lines(rows)`, a line a sample."""
 
     @contextlib.contextmanager
     def opened(path: Path) -> Iterator[Write]:
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
 
             def write(rows: Rows) -> int:
-                count = 0
-                for row in objects(rows):
-                    count += 1
-                    file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
-                return count
+                file.write(lines(rows))
+                return len(rows)
 
             yield write
 
     return opened
+
+
+def table_lines(table: pa.Table) -> bytes:
+    """A line of JSON for each row; floats as the shortest decimals that are read as the same float64."""
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    buffer = io.BytesIO()
+    frame.write_ndjson(buffer)
+    return buffer.getvalue()
+
+
+def object_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    """A line of JSON for each row."""
+    return b"".join(
+        json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n" for row in rows
+    )
 
 
 def lines_fault(path: Path, fault_of: Callable[[dict[str, Any]], str | None]) -> str | None:

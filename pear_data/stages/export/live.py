@@ -16,8 +16,13 @@ def behavior_policy(store: Store, settings: ExportSettings) -> str | None:
     """The policy whose log-probs go along, or None without --live: the one asked for, else the weighting's own."""
     if not settings.live:
         return None
+    if settings.behavior:
+        return settings.behavior
     weighting = store.stage(f"weights/{settings.weights}").settings
-    return settings.behavior or weighting.get("behavior") or BEHAVIOR
+    unread = (
+        weighting["level"] == "uniform" and f"scores/{weighting['behavior']}" not in store.manifest.stages
+    )
+    return BEHAVIOR if unread else str(weighting["behavior"])
 
 
 def live_settings(store: Store, weights: str, behavior: str) -> LiveSettings:

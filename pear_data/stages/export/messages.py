@@ -20,7 +20,7 @@ from pear_data.corpus.stored_records import NamedFields, conversation_of
 from pear_data.errors import PearError, SampleError, UsageError
 from pear_data.stages.export.check import weights_fault
 from pear_data.stages.export.formats import Format
-from pear_data.stages.export.jsonl import opener
+from pear_data.stages.export.jsonl import object_lines, opener
 from pear_data.stages.export.rows import Rows
 from pear_data.store import Store
 
@@ -52,7 +52,7 @@ def messages_format(store: Store, settings: ExportSettings) -> Format:
         ".jsonl",
         "loss_weight is its message's; every token of the message as the trainer renders it has it",
         "LLaMA-Factory v1: sum(w nll) / sum(w), so that the weights' absolute scale cancels within a batch",
-        opener(lambda rows: _objects(rows, named, last_only)),
+        opener(lambda rows: object_lines(_objects(rows, named, last_only))),
         "LLaMA-Factory v1 reads each message's loss_weight; NeMo-RL takes loss_multiplier: pear_data/hooks/messages.md",
         admitted=lambda rows: _admitted(rows, named),
         needs_record=True,

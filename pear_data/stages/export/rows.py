@@ -70,6 +70,11 @@ class Rows:
         position = np.arange(len(self.input_ids)) - np.repeat(self.offsets[:-1], self.lengths)
         return self._tokens(position < max_length, np.minimum(self.lengths, max_length), None)
 
+    def without_first(self, tokens: int) -> Rows:
+        """Every sample without its first `tokens` tokens."""
+        position = np.arange(len(self.input_ids)) - np.repeat(self.offsets[:-1], self.lengths)
+        return self._tokens(position >= tokens, np.maximum(self.lengths - tokens, 0), None)
+
     def without_unscored_tail(self) -> Rows:
         """Every sample up to its last scored token: what follows it changes no loss of a causal model."""
         index = np.where(self.scored, np.arange(len(self.scored)), -1)

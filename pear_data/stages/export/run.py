@@ -129,7 +129,8 @@ def _write(job: _Job, folder: Path, progress: Progress) -> tuple[Totals, list[Ex
         with SplitFiles(folder, job.form, fault, settings.shard_tokens) as files:
             for shard in job.shards:
                 for rows in _admitted_rows(job, shard, totals, progress):
-                    _write_rows(rows, settings.eval_fraction, files, totals)
+                    evaluated = in_validation(job.store, rows.sample_id, settings.eval_fraction)
+                    _write_rows(rows, evaluated, files, totals)
                 progress.shard(shard.name, f"{totals.samples.total()} samples so far")
         return totals, files.written
     finally:
@@ -144,7 +145,7 @@ def _admitted_rows(job: _Job, shard: AlignedShard, totals: Totals, progress: Pro
     }
     if job.behavior:
         columns[job.behavior] = ["logprobs", "status"]
-    chosen = Where(job.store, job.settings.where).chosen(shard)
+    chosen = Where(job.store, job.settings.weights, job.settings.where).chosen(shard)
     for tables in aligned_row_groups(job.store, shard, columns):
         progress.advance(int(list_lengths(tables[CORPUS]["input_ids"]).sum()))
         keep = pa.array(_kept(job, tables, chosen, totals))
@@ -199,8 +200,7 @@ def _within(rows: Rows, max_length: int, totals: Totals, *, whole: bool) -> Rows
     return rows.take(scored)
 
 
-def _write_rows(rows: Rows, fraction: float, files: SplitFiles, totals: Totals) -> None:
-    evaluated = in_validation(rows.sample_id, fraction)
+def _write_rows(rows: Rows, evaluated: npt.NDArray[np.bool_], files: SplitFiles, totals: Totals) -> None:
     totals.num_tokens += len(rows.input_ids)
     totals.num_scored += int(rows.scored.sum())
     totals.weight_sum += float(rows.loss_weights.sum(dtype=np.float64))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from pear_data.schema import DOUBLES, INPUT_IDS
 from pear_data.stages.export.check import weights_fault
 from pear_data.stages.export.formats import Format
-from pear_data.stages.export.jsonl import opener
+from pear_data.stages.export.jsonl import opener, table_lines
 from pear_data.stages.export.rows import Rows
+from pear_data.store.columns import list_column
 
 
 def shifted_format() -> Format:
@@ -21,23 +23,22 @@ def shifted_format() -> Format:
         "predicts; the last is 0",
         "Levanter: sum(loss_weights * nll) / sum(loss_weights), in which the weights' absolute scale cancels; Tinker: "
         "sum(loss_weights * nll)",
-        opener(_objects),
+        opener(lambda rows: table_lines(_table(rows))),
         "Levanter takes it as format {type: prebuilt, input_ids_key: input_ids, loss_weights_key: loss_weights}; "
         "Tinker takes Datums made of its rows: pear_data/hooks/levanter.md, tinker.md",
     )
 
 
-def _objects(rows: Rows) -> Iterator[dict[str, Any]]:
-    offsets, ids = rows.offsets.tolist(), rows.sample_id.to_pylist()
+def _table(rows: Rows) -> pa.Table:
     shifted = np.append(rows.loss_weights[1:], np.float32(0))
     shifted[rows.offsets[1:] - 1] = 0
-    for i, name in enumerate(ids):
-        part = slice(offsets[i], offsets[i + 1])
-        yield {
-            "sample_id": name,
-            "input_ids": rows.input_ids[part].tolist(),
-            "loss_weights": shifted[part].tolist(),
-        }
+    columns = {
+        "sample_id": rows.sample_id,
+        "input_ids": list_column(rows.input_ids, rows.lengths, INPUT_IDS),
+        # As float64, or the decimals would be the shortest that tell float32s apart, which are other float64s.
+        "loss_weights": list_column(shifted.astype(np.float64), rows.lengths, DOUBLES),
+    }
+    return pa.table(columns)
 
 
 def shifted_fault(row: dict[str, Any]) -> str | None:

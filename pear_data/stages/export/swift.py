@@ -8,18 +8,20 @@ left away, so that the sample ends in the end-of-sequence token: after any other
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pear_data.errors import PearError, UsageError
+from pear_data.schema import DOUBLES, INPUT_IDS
 from pear_data.stages.export.check import weights_fault
 from pear_data.stages.export.formats import Format
-from pear_data.stages.export.jsonl import opener
+from pear_data.stages.export.jsonl import opener, table_lines
 from pear_data.stages.export.rows import Rows
 from pear_data.store import Store
+from pear_data.store.columns import list_column
 
 FLAGS = "--use_chat_template false --is_binary_loss_scale false --strict true"
 NO_END = "no_end_of_turn"
@@ -37,7 +39,7 @@ def swift_format(store: Store) -> Format:
         ".jsonl",
         "loss_scale[t] multiplies -log p(token_ids[t] | token_ids[<t]): unshifted; 0 where not scored",
         "sum(loss_scale * nll) / count(loss_scale > 0), over gradient accumulation and ranks",
-        opener(lambda rows: _objects(rows, tokens.lead)),
+        opener(lambda rows: table_lines(_table(rows, len(tokens.lead)))),
         f"ms-swift drops every weight without a word unless it gets: {FLAGS} (pear_data/hooks/ms-swift.md)",
         admitted=lambda rows: _admitted(rows, tokens),
     )
@@ -104,12 +106,19 @@ def _require_lead(rows: Rows, lead: list[int]) -> None:
             )
 
 
-def _objects(rows: Rows, lead: list[int]) -> Iterator[dict[str, Any]]:
-    offsets, names = rows.offsets.tolist(), rows.sample_id.to_pylist()
-    for i, name in enumerate(names):
-        part = slice(offsets[i] + len(lead), offsets[i + 1])
-        content = {"token_ids": rows.input_ids[part].tolist(), "loss_scale": rows.loss_weights[part].tolist()}
-        yield {"messages": [{"role": "assistant", "content": content}], "sample_id": name}
+def _table(rows: Rows, lead: int) -> pa.Table:
+    """One assistant message a sample, without the first `lead` tokens, which ms-swift puts there."""
+    if lead:
+        rows = rows.without_first(lead)
+    # As float64, or the decimals would be the shortest that tell float32s apart, which are other float64s.
+    weights = rows.loss_weights.astype(np.float64)
+    content = pa.StructArray.from_arrays(
+        [list_column(rows.input_ids, rows.lengths, INPUT_IDS), list_column(weights, rows.lengths, DOUBLES)],
+        ["token_ids", "loss_scale"],
+    )
+    message = pa.StructArray.from_arrays([pa.array(["assistant"] * len(rows)), content], ["role", "content"])
+    one_each = pa.array(np.arange(len(rows) + 1, dtype=np.int32))
+    return pa.table({"messages": pa.ListArray.from_arrays(one_each, message), "sample_id": rows.sample_id})
 
 
 def swift_fault(row: dict[str, Any]) -> str | None:

@@ -1,8 +1,11 @@
-"""The hf export row by row, and its manifest."""
+"""An export as a whole: its manifest, its folder, what stops it half way."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -130,3 +133,56 @@ def test_nothing_to_export_is_an_error(make_store, samples, tmp_path):
     with pytest.raises(UsageError, match="no sample to export"):
         run(folder, tmp_path / "out", "block")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["corpus", "weights/token", "scores/behavior"])
+def test_damage_in_the_store_is_not_exported(folder, tmp_path, key):
+    path = sorted((folder / key).glob("part-*.parquet"))[1]
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.raises(MismatchError, match=r"does not match its sha256"):
+        run(folder, tmp_path / "out", live=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_summary_chooses_nothing(folder, tmp_path):
+    path = sorted((folder / "summary" / "weights" / "token").glob("part-00000.parquet"))[0]
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    with pytest.raises(MismatchError, match=r"does not match its sha256"):
+        run(folder, tmp_path / "out", where="weight_mean > 0.5")
+
+
+KILLED = """
+import os, signal, sys
+from pear_data import open_store
+from pear_data.config import ExportSettings
+from pear_data.progress import Silent
+from pear_data.stages.export import export
+from pear_data.store import commit
+
+left = int(sys.argv[3])
+def die(path):
+    global left
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+commit.on_write = die
+export(open_store(sys.argv[1]), ExportSettings(out=sys.argv[2], weights="token", shard_tokens=120), Silent())
+"""
+
+
+@pytest.mark.parametrize("write", [1, 3, 4])
+def test_killed_at_a_write_and_run_again(folder, tmp_path, write):
+    """Writes 1 to 3 are files, write 4 is the manifest."""
+    run(folder, tmp_path / "whole", shard_tokens=120)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), str(write)], check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    run(folder, tmp_path / "out", shard_tokens=120)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+    assert not (tmp_path / ".out.pear_export").exists()
