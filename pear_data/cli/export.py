@@ -31,21 +31,26 @@ def command(store: Path, out: str, **options: Any) -> int:
 
     \b
     hf         Parquet: input_ids, attention_mask, labels, loss_weights. transformers, TRL, Axolotl, own loops
-    hf-packed  the same in packs of --max-length tokens, with position_ids and seq_lengths. TRL, transformers
+    hf-packed  the same in packs of --max-length tokens, with position_ids and seq_lengths. TRL
     verl       Parquet for pear_data.hooks.verl.PearVerlDataset
     swift      JSON lines of token ids with a loss_scale each, for ms-swift
     shifted    JSON lines, each weight one place to the left: Levanter, Tinker
     messages   JSON lines of conversations, one weight each: LLaMA-Factory v1, NeMo-RL (sequence-level weightings)
 
-    What to do with it in each trainer is in pear_data/hooks/, a page a trainer.
+    What to do with it in each trainer is in pear_data/hooks/, a page a trainer. In --where, columns that name no
+    weighting are those of --weights.
 
     \b
     Examples:
       pear-data export out/
       pear-data export out/ --weights token --eval-fraction 0.02
-      pear-data export packs/ --format hf-packed --max-length 8192
       pear-data export math/ --where "source = 'math' and ess / num_scored > 0.2"
       pear-data export live/ --live
+      pear-data export packs/ --format hf-packed --max-length 8192
+      pear-data export for-verl/ --format verl --max-length 8192
+      pear-data export for-ms-swift/ --format swift
+      pear-data export for-levanter/ --format shifted --shard-tokens 4000000
+      pear-data export for-llama-factory/ --format messages --weights sequence
       pear-data export out/ --check
     """
     from pear_data.cli.terminal import TerminalProgress
