@@ -1,0 +1,24 @@
+"""The hooks' pages, as users copy from them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+_PAGES = Path(__file__).parents[2] / "pear_data" / "hooks"
+
+
+def blocks(page: str, language: str = "") -> list[str]:
+    """The code blocks of a language; of none, the export commands."""
+    text = (_PAGES / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def words(block: str, cwd: Path | None = None) -> list[str]:
+    """The words of a shell command, with file patterns expanded as the shell in `cwd` would."""
+    found = []
+    for word in shlex.split(block.replace("\\\n", " ")):
+        files = sorted(str(path.relative_to(cwd)) for path in cwd.glob(word)) if cwd and "*" in word else []
+        found.extend(files or [word])
+    return found
