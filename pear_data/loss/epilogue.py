@@ -1,71 +1,119 @@
-"""What turns a chunk of logits into log-probs, and then into the gradients of the weighted loss, in its own memory.
+"""What turns a chunk of logits into log-probs and, in its own memory, into their gradients.
 
-On CUDA a Triton kernel does each in one pass (`epilogue_triton`); elsewhere torch does it in pieces that stay in the cache.
+On CUDA a Triton kernel reads the chunk twice and writes it once (`epilogue_triton`); elsewhere torch does it in pieces
+that stay in the processor's cache.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 1 << 20
+# What a core's own cache holds. Smaller pieces are no faster, and wait more often for a core that is busy elsewhere.
+_CACHE_BYTES_A_THREAD = 2 << 20
+_BLOCK_BYTES_ELSEWHERE = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class RowStatistics:
-    """float32 [n] each (float64 for float64 logits)."""
+class Head:
+    """An output layer: logits are `logit_scale * (hidden @ weight.T + bias)`, then `softcap * tanh(that / softcap)`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RowGradients:
+    """`nll` [n], and what the rows that `outputs` became must still be multiplied by: `factor` [n], or nothing.
+
+    In float32, or float64 for float64. Factors are taken to the rows of smaller matrices, which saves a pass over the
+    logits; in 16 bits they would round those once more.
+    """
 
     nll: Tensor
-    logsumexp: Tensor
+    factor: Tensor | None
 
 
-def negative_logprobs(logits: Tensor, targets: Tensor, softcap: float | None) -> RowStatistics:
-    """Of `targets` [n] under `logits` [n, V], which stay as they are, the soft-cap not yet applied."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    logsumexp = torch.empty(len(logits), dtype=dtype, device=logits.device)
-    for block in _blocks(logits):
-        capped = logits[block].to(dtype)
-        if softcap is not None:
-            capped = softcap * torch.tanh(capped / softcap)
-        torch.logsumexp(capped, -1, out=logsumexp[block])
-    chosen = logits.gather(1, targets[:, None])[:, 0].to(dtype)
-    if softcap is not None:
-        chosen = softcap * torch.tanh(chosen / softcap)
-    return RowStatistics(logsumexp - chosen, logsumexp)
+def gradients_in_place(outputs: Tensor, targets: Tensor, head: Head, weights: Tensor) -> RowGradients:
+    """`outputs` [n, V] of `hidden @ weight.T` become the gradients by them of the sum of `weights` [n] * nll.
+
+    `weights` have the dtype of the statistics.
+    """
+    if _in_triton(outputs):
+        from pear_data.loss.epilogue_triton import gradients_in_place as in_one_kernel
+
+        return RowGradients(in_one_kernel(outputs, targets, head, weights), None)
+    nll = torch.empty(len(outputs), dtype=weights.dtype, device=outputs.device)
+    factor = weights * head.logit_scale
+    for rows in _blocks(outputs, nll.dtype):
+        nll[rows] = _gradients_of_block(outputs[rows], targets[rows], head, factor[rows])
+    return RowGradients(nll, factor if outputs.dtype == factor.dtype else None)
 
 
-def gradients_in_place(
-    logits: Tensor,
-    targets: Tensor,
-    known: RowStatistics,
-    weights: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-) -> None:
-    """`logits` [n, V] become the gradients of sum(weights * nll) by the head's output, before scale and soft-cap."""
-    factors = weights * logit_scale
-    for block in _blocks(logits):
-        piece = logits[block]
-        values = piece.to(weights.dtype)
-        slope = None
-        if softcap is not None:
-            tanh = torch.tanh(values / softcap)
-            values, slope = tanh * softcap, 1 - tanh * tanh
-        values.sub_(known.logsumexp[block, None]).exp_()
-        index = targets[block, None]
-        values.scatter_add_(1, index, values.new_full((1, 1), -1.0).expand_as(index))
-        values.mul_(factors[block, None])
-        if slope is not None:
-            values.mul_(slope)
-        if values is not piece:
-            piece.copy_(values)
+def negative_logprobs(outputs: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """[n] of `targets` [n] under `outputs` [n, V] of `hidden @ weight.T`, which stay as they are."""
+    if _in_triton(outputs):
+        from pear_data.loss.epilogue_triton import negative_logprobs as in_one_kernel
+
+        return in_one_kernel(outputs, targets, head)
+    nll = torch.empty(len(outputs), dtype=statistics_dtype(outputs.dtype), device=outputs.device)
+    for rows in _blocks(outputs, nll.dtype):
+        logits = _logits(outputs[rows].to(nll.dtype, copy=True), head)
+        nll[rows] = _exponentials(logits, targets[rows])[0]
+    return nll
 
 
-def _blocks(logits: Tensor) -> list[slice]:
-    rows = len(logits)
-    if logits.is_cuda:
-        return [slice(0, rows)]
-    at_once = max(1, _BLOCK_BYTES // (logits.shape[1] * 4))
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _gradients_of_block(outputs: Tensor, targets: Tensor, head: Head, factor: Tensor) -> Tensor:
+    """Negative log-probs; `factor` becomes what is left to multiply the rows by."""
+    values = _logits(outputs.to(factor.dtype), head)
+    slope = None if head.softcap is None else 1 - (values / head.softcap).square_()
+    nll, sums = _exponentials(values, targets)
+    values.scatter_add_(1, targets[:, None], -sums[:, None])
+    if slope is not None:
+        values.mul_(slope)
+    factor.div_(sums)
+    if values.dtype != outputs.dtype:
+        torch.mul(values, factor[:, None], out=outputs)
+    return nll
+
+
+def _logits(outputs: Tensor, head: Head) -> Tensor:
+    """In the memory of `outputs`."""
+    if head.bias is not None:
+        outputs.add_(head.bias)
+    if head.logit_scale != 1.0:
+        outputs.mul_(head.logit_scale)
+    if head.softcap is not None:
+        outputs.div_(head.softcap).tanh_().mul_(head.softcap)
+    return outputs
+
+
+def _exponentials(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-probs and sums [n] of the exponentials that `logits` become, which are 1 at most."""
+    chosen = logits.gather(1, targets[:, None])
+    largest = logits.amax(1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(1)
+    return sums.log() + (largest - chosen)[:, 0], sums
+
+
+def _in_triton(outputs: Tensor) -> bool:
+    return outputs.is_cuda and outputs.dtype != torch.float64 and find_spec("triton") is not None
+
+
+def _blocks(outputs: Tensor, dtype: torch.dtype) -> list[slice]:
+    rows, vocabulary = outputs.shape
+    a_row = vocabulary * dtype.itemsize
+    if outputs.device.type == "cpu":
+        at_once = max(1, _CACHE_BYTES_A_THREAD // a_row) * torch.get_num_threads()
+    else:
+        at_once = max(1, _BLOCK_BYTES_ELSEWHERE // a_row)
     return [slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]

@@ -7,18 +7,24 @@ cannot matter, because they are ignored or weigh nothing, are left out before th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pear_data.loss.epilogue import gradients_in_place, negative_logprobs
+from pear_data.loss.epilogue import Head, gradients_in_place, negative_logprobs, statistics_dtype
+from pear_data.loss.fused_gradients import GradientSums
 
 WeightsOfRows = Callable[[Tensor, Tensor], Tensor]
 
-_CHUNK_BYTES = {"cpu": 192 << 20, "cuda": 768 << 20}
+# By bytes of a logit. Smaller chunks spend their time on adding to the head's gradient, which is as large as the head.
+# In 16 bits every chunk rounds its product, and a single chunk needs no sums in float32.
+_CHUNK_ROWS = {2: 2048, 4: 512, 8: 256}
+_CUDA_CHUNK_BYTES = 768 << 20
+_ROWS_OF_A_TILE = 128
 
 
 def linear_weighted_nll(
@@ -35,41 +41,47 @@ def linear_weighted_nll(
     backend: str = "ours",
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """`-sum(weights * log softmax(logits)[targets]) / denom`, without the logits; a float32 scalar (float64 in float64).
+    """`-sum(weights * log softmax(logits)[targets]) / denom`, without the logits: a scalar in float32.
 
-    `hidden` [..., H] predicts `targets` [...] (int64; entry i of both belongs together, so the caller shifts), `head`
+    `hidden` [..., H] predicts `targets` [...] (int64; entry i of both belongs together, so the caller shifts); `head`
     [V, H] and `bias` [V] are the output layer. Logits are `logit_scale * (hidden @ head.T + bias)`, then
-    `softcap * tanh(logits / softcap)` where a soft-cap is given. Softmax and sums are in float32 (float64 for float64
-    inputs), matrix multiplies in the inputs' dtype, or autocast's. Gradients reach `hidden`, `head` and `bias`, each only
-    if it requires one; a head tied to the embedding adds up there as usual.
+    `softcap * tanh(logits / softcap)` where a soft-cap is given. Softmax and sums are in float32 (all is float64 for
+    float64 inputs), matrix multiplies in the inputs' dtype, or autocast's. Gradients reach `hidden`, `head` and `bias`,
+    each only if it requires one; a head tied to the embedding adds up there as usual. Without gradients one multiply
+    remains.
 
-    `weights` [...] is a tensor, used under stop-gradient, or for live PEAR a callable `weights(rows, logprobs)`: it gets
-    chunks of ascending indices into the flattened targets, **from the last chunk to the first**, with their float32
-    log-probs, and returns their weights. Suffix sums are then known in time and cost no fourth multiply.
+    `weights` [...] is a tensor, used under stop-gradient, or for live PEAR a callable `weights(rows, logprobs)`: it
+    gets chunks of ascending indices into the flattened targets, **from the last chunk to the first**, with their
+    float32 log-probs, and returns their weights. Suffix sums are then known in time and cost no fourth multiply. Then
+    only ignored rows are left out.
 
     Gradients are made in the forward pass and serve one backward pass; a second one (`retain_graph=True`) raises
-    RuntimeError, as does a gradient of the gradient. Leaving rows out asks the device once how many remain. `backend`
-    gives the work to another library (see `backends`). `chunk_rows` fixes how many rows go through the head at once; by
-    default a chunk's logits take at most 192 MB, on CUDA 768 MB.
+    RuntimeError. Leaving rows out asks the device once how many remain: the one wait of host for device, which saves a
+    third of the work where a third is masked. `backend` gives the work to another library (see `backends`).
+    `chunk_rows` fixes how many rows go through the head at once; by default 512, in 16 bits 2,048, and on CUDA more, as
+    long as their logits fit in 768 MiB. Over several chunks a head of 16 bits has its gradient summed in float32, which
+    until the backward pass takes twice the memory of the gradient.
 
-    Raises ValueError for shapes that do not fit together, an unknown backend, and a sharded head (a DTensor): call this
-    inside the forward of the module that FSDP gathers.
+    Raises ValueError for shapes, dtypes and devices that do not fit together, an unknown backend, and a sharded head (a
+    DTensor): call this inside the forward of the module that FSDP gathers.
     """
     _require_fit(hidden, head, targets, weights, bias)
-    targets = targets.reshape(-1).to(hidden.device)
     if isinstance(weights, Tensor):
         weights = weights.detach().reshape(-1).to(hidden.device)
+    targets = targets.reshape(-1).to(hidden.device)
     rows = _rows_that_matter(targets, weights, ignore_index)
-    layer = Layer(logit_scale, softcap, chunk_rows)
-    dtype = _matmul_dtype(hidden)
-    inputs = hidden.reshape(-1, hidden.shape[-1]).to(dtype), head.to(dtype), bias
+    states = hidden.reshape(-1, hidden.shape[-1])
+    layer = Head(head, bias, logit_scale, softcap)
+    if isinstance(denom, Tensor):
+        denom = denom.to(hidden.device)
     if backend == "ours":
-        total: Tensor = _LinearWeightedNLL.apply(*inputs, targets, rows, weights, layer)
-    else:
-        from pear_data.loss.backends import weighted_total
+        loss: Callable[..., Tensor] = _LinearWeightedNLL.apply
+        return loss(
+            states, head, bias, layer, targets, rows, weights, denom, chunk_rows, torch.is_grad_enabled()
+        )
+    from pear_data.loss.backends import weighted_total
 
-        total = weighted_total(backend, *inputs, targets, rows, weights, layer)
-    return total / (denom.to(total.device) if isinstance(denom, Tensor) else denom)
+    return weighted_total(backend, states, layer, targets, rows, weights) / denom
 
 
 @torch.no_grad()
@@ -86,37 +98,22 @@ def linear_logprobs(
 ) -> Tensor:
     """Log-probs of `targets` in their shape, float32 (float64 in float64), 0 where ignored; no gradient, no logits.
 
-    The arguments are `linear_weighted_nll`'s.
+    The arguments, and the errors raised, are `linear_weighted_nll`'s.
     """
     _require_fit(hidden, head, targets, None, bias)
-    dtype = _matmul_dtype(hidden)
-    flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     wanted = targets.reshape(-1).to(hidden.device)
     rows = _rows_that_matter(wanted, None, ignore_index)
-    layer = Layer(logit_scale, softcap, chunk_rows)
-    out = torch.zeros(len(wanted), dtype=_statistics_dtype(dtype), device=hidden.device)
-    for chunk, logits in _logits(flat, head.to(dtype), bias, rows, layer):
-        out[chunk] = -negative_logprobs(logits, wanted[chunk], layer.softcap).nll
+    layer = _for_multiplies(Head(head, bias, logit_scale, softcap), hidden)
+    out = torch.zeros(len(wanted), dtype=statistics_dtype(layer.weight.dtype), device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        chunks = _chunks(layer.weight, rows, chunk_rows)
+        for chunk, _, outputs in _outputs(hidden.reshape(-1, hidden.shape[-1]), layer.weight, chunks):
+            out[chunk] = -negative_logprobs(outputs, wanted[chunk], layer)
     return out.view(targets.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """What happens to the head's output, and how much of it is made at once."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-    chunk_rows: int | None = None
-
-    def rows_at_once(self, head: Tensor) -> int:
-        if self.chunk_rows is not None:
-            return self.chunk_rows
-        budget = _CHUNK_BYTES.get(head.device.type, _CHUNK_BYTES["cuda"])
-        return max(16, budget // (head.shape[0] * head.element_size()))
-
-
 class _LinearWeightedNLL(torch.autograd.Function):
-    """Sum of weight * nll over `rows`; its gradients are made in forward."""
+    """Sum of weight * nll over `rows`, by `denom`; its gradients are made in forward."""
 
     @staticmethod
     def forward(
@@ -124,87 +121,73 @@ class _LinearWeightedNLL(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         bias: Tensor | None,
+        layer: Head,
         targets: Tensor,
         rows: Tensor,
         weights: Tensor | WeightsOfRows,
-        layer: Layer,
+        denom: Tensor | float,
+        chunk_rows: int | None,
+        grad_enabled: bool,
     ) -> Tensor:
-        total = torch.zeros((), dtype=_statistics_dtype(hidden.dtype), device=hidden.device)
-        sums = _Gradients(hidden, head, bias, ctx.needs_input_grad[:3])
-        for chunk, logits in _logits(hidden, head, bias, rows, layer):
-            known = negative_logprobs(logits, targets[chunk], layer.softcap)
-            of_rows = weights[chunk] if isinstance(weights, Tensor) else weights(chunk, -known.nll)
-            of_rows = of_rows.to(known.nll.dtype)
-            total += (of_rows * known.nll).sum()
-            if sums.wanted:
-                gradients_in_place(logits, targets[chunk], known, of_rows, layer.logit_scale, layer.softcap)
-                sums.add(chunk, logits)
+        # `needs_input_grad` is true under no_grad as well.
+        wanted = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
+        layer = _for_multiplies(layer, hidden)
+        chunks = _chunks(layer.weight, rows, chunk_rows)
+        total = torch.zeros((), dtype=statistics_dtype(layer.weight.dtype), device=hidden.device)
+        sums = GradientSums(hidden, layer.weight, bias, wanted, len(chunks)) if any(wanted) else None
+        # float16 would lose what a large denominator makes small, and a scaled loss comes with the backward pass.
+        before = 1.0 if layer.weight.dtype == torch.float16 else denom
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk, states, outputs in _outputs(hidden, layer.weight, chunks):
+                if isinstance(weights, Tensor):
+                    of_rows = weights[chunk].to(total.dtype)
+                else:
+                    nll = negative_logprobs(outputs, targets[chunk], layer)
+                    of_rows = weights(chunk, -nll).to(total.dtype)
+                if sums is not None:
+                    known = gradients_in_place(outputs, targets[chunk], layer, of_rows / before)
+                    nll = known.nll
+                    sums.add(chunk, states, outputs, known.factor)
+                elif isinstance(weights, Tensor):
+                    nll = negative_logprobs(outputs, targets[chunk], layer)
+                total += (of_rows * nll).sum()
         ctx.gradients = sums
-        return total
+        ctx.after = denom if layer.weight.dtype == torch.float16 else 1.0
+        ctx.dtypes = [hidden.dtype, head.dtype, None if bias is None else bias.dtype]
+        return total / denom
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_weighted_nll makes its gradients for one backward pass: call it again for another"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        return *gradients.scaled(grad_output), None, None, None, None
+        return *gradients.scaled(grad_output / ctx.after, ctx.dtypes), *[None] * 7
 
 
-class _Gradients:
-    """Gradients summed over chunks, in float32 where the inputs have 16 bits; only those that are wanted."""
-
-    def __init__(
-        self, hidden: Tensor, head: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
-    ) -> None:
-        self.wanted = any(needs)
-        self._of, self._head = hidden, head
-        sums = _statistics_dtype(head.dtype)
-        self.hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.head = torch.zeros_like(head, dtype=sums) if needs[1] else None
-        self.bias = torch.zeros_like(bias, dtype=sums) if bias is not None and needs[2] else None
-        self._dtypes = hidden.dtype, head.dtype, bias.dtype if bias is not None else None
-
-    def add(self, rows: Tensor, logits: Tensor) -> None:
-        """Take the gradients of a chunk's logits [n, V] in."""
-        if self.hidden is not None:
-            self.hidden[rows] = logits @ self._head
-        if self.head is not None:
-            states = self._of[rows]
-            if self.head.dtype == logits.dtype:
-                self.head.addmm_(logits.T, states)
-            elif logits.is_cuda:
-                torch.addmm(self.head, logits.T, states, out_dtype=self.head.dtype, out=self.head)
-            else:
-                self.head += logits.T @ states
-        if self.bias is not None:
-            self.bias += logits.sum(0, dtype=self.bias.dtype)
-
-    def scaled(self, factor: Tensor) -> list[Tensor | None]:
-        """The gradients times `factor`, in place, in the dtypes of what they belong to."""
-        sums = self.hidden, self.head, self.bias
-        return [
-            None if one is None else one.mul_(factor.to(one.dtype)).to(dtype)
-            for one, dtype in zip(sums, self._dtypes, strict=True)
-        ]
+def _chunks(weight: Tensor, rows: Tensor, chunk_rows: int | None) -> tuple[Tensor, ...]:
+    """Parts of `rows` that go through the head at once, of about one size."""
+    if not len(rows):
+        return ()
+    size = chunk_rows
+    if size is None:
+        size = _CHUNK_ROWS[weight.element_size()]
+        if weight.is_cuda:
+            size = max(size, _CUDA_CHUNK_BYTES // (len(weight) * weight.element_size()))
+        even = math.ceil(len(rows) / math.ceil(len(rows) / size))
+        size = min(size, math.ceil(even / _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE)
+    return torch.split(rows, size)
 
 
-def _logits(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, rows: Tensor, layer: Layer
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows, their scaled logits) from the last chunk to the first; the logits' memory is used again by the next."""
-    at_once = layer.rows_at_once(head)
-    buffer = hidden.new_empty(min(at_once, len(rows)), head.shape[0])
-    starts = range(0, len(rows), at_once)
-    for start in reversed(starts):
-        chunk = rows[start : start + at_once]
-        logits = torch.mm(hidden[chunk], head.T, out=buffer[: len(chunk)])
-        if bias is not None:
-            logits += bias
-        if layer.logit_scale != 1.0:
-            logits *= layer.logit_scale
-        yield chunk, logits
+def _outputs(
+    hidden: Tensor, weight: Tensor, chunks: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows, their hidden states, hidden @ weight.T) from the last chunk to the first, one memory for all products."""
+    buffer = weight.new_empty(len(chunks[0]) if chunks else 0, len(weight))
+    for chunk in reversed(chunks):
+        states = hidden[chunk].to(weight.dtype)
+        yield chunk, states, torch.mm(states, weight.T, out=buffer[: len(chunk)])
 
 
 def _rows_that_matter(targets: Tensor, weights: Tensor | WeightsOfRows | None, ignore_index: int) -> Tensor:
@@ -214,13 +197,12 @@ def _rows_that_matter(targets: Tensor, weights: Tensor | WeightsOfRows | None, i
     return matters.nonzero()[:, 0]
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+def _for_multiplies(head: Head, hidden: Tensor) -> Head:
+    """In autocast's dtype, where that is on."""
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if not torch.is_autocast_enabled(kind):
+        return head
+    return replace(head, weight=head.weight.to(torch.get_autocast_dtype(kind)))
 
 
 def _require_fit(
@@ -230,17 +212,29 @@ def _require_fit(
     weights: Tensor | WeightsOfRows | None,
     bias: Tensor | None,
 ) -> None:
-    if type(head).__name__ == "DTensor":
-        raise ValueError(
-            "the head is sharded (a DTensor): compute the loss inside the forward of the module that FSDP gathers, "
-            "as attach(model, fused=True) does"
-        )
-    shapes = f"hidden {list(hidden.shape)}, head {list(head.shape)}, targets {list(targets.shape)}"
-    if head.dim() != 2 or hidden.shape[-1] != head.shape[1] or hidden.shape[:-1] != targets.shape:
-        raise ValueError(f"{shapes} must be [..., H], [V, H] and [...]")
+    named = {"hidden": hidden, "head": head, "targets": targets, "bias": bias}
+    found = ", ".join(f"{name} {list(one.shape)}" for name, one in named.items() if one is not None)
+    for name, one in named.items():
+        if type(one).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} is sharded (a DTensor): compute the loss inside the forward of the module that FSDP gathers, "
+                "as attach(model, fused=True) does"
+            )
+    if head.dim() != 2 or hidden.shape[-1:] != head.shape[1:] or hidden.shape[:-1] != targets.shape:
+        raise ValueError(f"{found}: the first three must be [..., H], [V, H] and [...]")
+    if bias is not None and bias.shape != head.shape[:1]:
+        raise ValueError(f"{found}: the bias must be [V]")
     if isinstance(weights, Tensor) and weights.shape != targets.shape:
         raise ValueError(
             f"weights {list(weights.shape)} and targets {list(targets.shape)} must have one shape"
         )
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ValueError(f"{shapes}: the bias {list(bias.shape)} must be [V]")
+    dtypes = {one.dtype for one in (hidden, head, bias) if one is not None}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(
+            f"hidden, head and bias are of several dtypes ({', '.join(sorted(map(str, dtypes)))}): cast them, "
+            "or use autocast"
+        )
+    if hidden.device != head.device:
+        raise ValueError(
+            f"hidden is on {hidden.device}, head on {head.device}: move the hidden states to the head"
+        )

@@ -1,0 +1,45 @@
+"""Run with TRITON_INTERPRET=1 in a process of its own: the Triton epilogue against torch's, on the CPU. Prints "equal"."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from pear_data.loss import epilogue, epilogue_triton
+from pear_data.loss.epilogue import Head
+
+HEADS = [(False, 1.0, None), (True, 0.3, None), (False, 1.0, 2.0), (True, 1.7, 5.0)]
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def compare(
+    dtype: torch.dtype, vocabulary: int, bias: bool, logit_scale: float, softcap: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    outputs = (4 * torch.randn(6, vocabulary, generator=generator)).to(dtype)
+    targets = torch.randint(0, vocabulary, (6,), generator=generator)
+    targets[0], targets[1] = 0, vocabulary - 1
+    weights = torch.tensor([1.0, 2.0, -1.0, 0.5, 0.0, 148.0])
+    inner = torch.randn(vocabulary, generator=generator).to(dtype) if bias else None
+    head = Head(torch.empty(0), inner, logit_scale, softcap)
+
+    by_torch, by_triton = outputs.clone(), outputs.clone()
+    known = epilogue.gradients_in_place(by_torch, targets, head, weights)
+    nll = epilogue_triton.gradients_in_place(by_triton, targets, head, weights)
+    right = by_torch.double() if known.factor is None else by_torch * known.factor[:, None].double()
+    scale = (weights * logit_scale).abs().clamp(min=1.0)[:, None]
+    torch.testing.assert_close(by_triton.double() / scale, right / scale, rtol=0, atol=TOLERANCE[dtype])
+    torch.testing.assert_close(nll, known.nll, rtol=0, atol=2e-5)
+
+    untouched = outputs.clone()
+    for alone in (epilogue.negative_logprobs, epilogue_triton.negative_logprobs):
+        torch.testing.assert_close(alone(untouched, targets, head), nll, rtol=0, atol=2e-5)
+        assert torch.equal(untouched, outputs)
+
+
+if __name__ == "__main__":
+    # Less than a block, a whole one, and one entry more.
+    for dtype, vocabulary, head in itertools.product(TOLERANCE, (5, 8192, 8193), HEADS):
+        compare(dtype, vocabulary, *head)
+    print("equal")
