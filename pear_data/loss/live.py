@@ -1,7 +1,8 @@
 """Live PEAR: importance weights from the trained model's own log-probs, formed on the device in every step.
 
-The paper's training loop. The dataset carries the behavior policy's log-probs; the target policy is the model as it is
-now. Everything is arithmetic over whole arrays, of shapes known beforehand: no loop, and nothing that waits for the device.
+The paper's training loop. The dataset carries the behavior policy's log-probs; the target policy is the model as it
+is now. Everything is arithmetic over whole arrays, of shapes known beforehand: no loop, and nothing that waits for the
+device.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ def live_weights(
 ) -> Tensor:
     """Importance weights (PEAR 3.2 to 3.7), float32, detached, of the shape of `logprobs`; 0 where nothing is scored.
 
-    `logprobs` and `behavior_logprobs` (natural log) and `mask` (true or 1 where a token is scored) are [B, L] or [N], entry
-    i of each belonging to the same predicted token. A row is one sequence, or as many as `sequence_ids` has runs of equal
-    ids in it (packs; see `sequence_ids_from_positions`). What stands outside the mask is never used and may be
+    `logprobs` and `behavior_logprobs` (natural log) and `mask` (true or 1 where a token is scored) are [B, L] or [N],
+    entry i of each belonging to the same predicted token. A row is one sequence, or as many as `sequence_ids` has runs
+    of equal ids in it (packs; see `sequence_ids_from_positions`). What stands outside the mask is never used and may be
     non-finite. Sums are in float64. `negative`, true over the tokens of samples marked negative, gives these
     `-negative_scale` times their sequence-level weight (3.6).
 
@@ -80,10 +81,11 @@ class LivePear:
             raise ValueError(f"{path} is no export's manifest ({error}): export with --live") from error
         if not live:
             raise ValueError(f"{path} has no settings of live weights: export with --live")
-        known = {field.name for field in fields(cls)} & live.keys()
-        return cls(
-            **{name: tuple(live[name]) if isinstance(live[name], list) else live[name] for name in known}
-        )
+        settings: dict[str, Any] = {
+            name: tuple(live[name]) if isinstance(live[name], list) else live[name]
+            for name in {field.name for field in fields(cls)} & live.keys()
+        }
+        return cls(**settings)
 
     def weights(
         self,
@@ -128,7 +130,8 @@ class LiveWeightsOfRows:
     """Live weights for `linear_weighted_nll`, which asks for them a chunk at a time, from the last chunk to the first.
 
     A token's weight rests on the tokens after it (its block's too), so by then all it takes is known. Not for the level
-    `sequence` and not for negatives, whose weight rests on the whole sequence: `linear_logprobs` and `live_weights` then.
+    `sequence` and not for negatives, whose weight rests on the whole sequence: `linear_logprobs` and `live_weights`
+    then.
     """
 
     def __init__(
@@ -165,7 +168,7 @@ def sequence_ids_from_positions(position_ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Spans:
-    """For each entry: how many tokens are scored before it, before its sequence and before its sequence's end. int64 [N]."""
+    """For each entry: how many tokens are scored before it, its sequence and its sequence's end. int64 [N]."""
 
     rank: Tensor
     begin: Tensor

@@ -1,4 +1,4 @@
-"""Run with TRITON_INTERPRET=1 in a process of its own: the Triton epilogue against torch's, on the CPU. Prints "equal"."""
+"""The Triton epilogue against torch's, on the CPU: run with TRITON_INTERPRET=1 in a process of its own. Prints "equal"."""
 
 from __future__ import annotations
 
