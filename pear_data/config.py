@@ -278,7 +278,9 @@ class ExportSettings(Settings):
         description="Share of the samples for evaluation (validation-*), chosen by their ids alone.",
     )
     where: str | None = Field(
-        None, min_length=1, description="SQL predicate over the columns of the view `samples`; others stay out."
+        None,
+        min_length=1,
+        description="SQL predicate over the columns of the view `samples`; others stay out.",
     )
     live: bool = Field(
         False,

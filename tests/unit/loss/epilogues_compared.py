@@ -1,4 +1,4 @@
-"""The Triton epilogue against torch's, on the CPU: run with TRITON_INTERPRET=1 in a process of its own. Prints "equal"."""
+"""The Triton epilogue against torch's, on the CPU: a process of its own runs it with TRITON_INTERPRET=1. Prints "equal"."""
 
 from __future__ import annotations
 
