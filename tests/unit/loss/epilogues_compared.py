@@ -1,4 +1,4 @@
-"""The Triton epilogue against torch's, on the CPU: a process of its own runs it with TRITON_INTERPRET=1. Prints "equal"."""
+"""The Triton epilogue against torch's, on the CPU, in a process with TRITON_INTERPRET=1. Prints "equal"."""
 
 from __future__ import annotations
 
