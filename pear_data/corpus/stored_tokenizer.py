@@ -15,6 +15,7 @@ from pear_data.schema import VOCABULARY
 from pear_data.store import Store
 from pear_data.store.commit import TEMP_SUFFIX, atomic_path
 from pear_data.store.manifest import FileEntry, TokenizerEntry
+from pear_data.store.private import private_folder
 from pear_data.store.shards import parquet_shard, write_group
 
 FOLDER = "tokenizer"
@@ -50,6 +51,7 @@ def _save_files(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[FileEn
     shutil.rmtree(staging, ignore_errors=True)
     try:
         try:
+            private_folder(staging)
             tokenizer.save_pretrained(staging)
         # What the tokenizers library cannot write, it reports as a bare Exception.
         except Exception as error:

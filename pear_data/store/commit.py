@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pear_data.errors import PearError
+from pear_data.store.private import create_private, open_to_others
 
 TEMP_SUFFIX = ".tmp"
 
@@ -26,6 +27,8 @@ def sha256_of(path: Path) -> str:
 def atomic_path(final: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes `final` when the block ends well and vanishes when it does not.
 
+    Nobody else can read it before it is `final`. The block writes into the empty file that is there.
+
     Raises:
         PearError: the disk refused (full, read-only, too large a file), naming the path.
     """
@@ -35,9 +38,12 @@ def atomic_path(final: Path) -> Iterator[Path]:
     except OSError as error:
         raise _refused(final, error) from error
     try:
+        temporary.unlink(missing_ok=True)  # a link planted there must not be written through
+        create_private(temporary)
         yield temporary
         if on_write is not None:
             on_write(final)
+        open_to_others(temporary)
         _fsync(temporary)
         temporary.replace(final)
         _fsync(final.parent)
