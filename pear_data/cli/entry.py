@@ -91,6 +91,8 @@ def run(arguments: list[str]) -> int:
         return EXIT_OK
     except PearError as error:
         return _fail(str(error), error.exit_code, debug="--debug" in arguments)
+    except (OSError, MemoryError) as error:
+        return _fail(_refusal(error), EXIT_ERROR, debug="--debug" in arguments)
     except Exception as error:
         reason = (str(error) or "no message").splitlines()[0]
         where = (
@@ -98,6 +100,15 @@ def run(arguments: list[str]) -> int:
         )
         return _fail(where, EXIT_ERROR, debug="--debug" in arguments)
     return result if isinstance(result, int) else EXIT_OK
+
+
+def _refusal(error: OSError | MemoryError) -> str:
+    """What the system would not give, which no traceback tells better."""
+    if isinstance(error, MemoryError):
+        return "out of memory: give the process more, or fewer --workers; finished shards are kept"
+    where = f"{error.filename}: " if error.filename is not None else ""
+    reason = (error.strerror or str(error) or type(error).__name__).splitlines()[0]
+    return f"the system refused ({where}{reason}): mend that and run the same command again"
 
 
 def _fail(message: str, code: int, *, debug: bool = False) -> int:

@@ -57,7 +57,7 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
     from pear_data.cli.terminal import PrintableSink
     from pear_data.stages.sql import write_query
     from pear_data.store import open_store
-    from pear_data.store.commit import atomic_path
+    from pear_data.store.commit import atomic_path, operation
 
     stdout = sys.stdout.buffer
     form = cast("Format", chosen or _default_format(output, stdout.isatty()))
@@ -71,7 +71,7 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
         note = write_query(opened, text, form, sink, timeout=timeout)
         stdout.flush()
     else:
-        with atomic_path(output) as temporary, temporary.open("wb") as file:
+        with atomic_path(output) as temporary, operation("write", output), temporary.open("wb") as file:
             note = write_query(opened, text, form, file, timeout=timeout)
     if note:
         click.echo(note, err=True)

@@ -13,10 +13,10 @@ from pear_data.chat.tokenizers import token_strings
 from pear_data.errors import PearError
 from pear_data.schema import VOCABULARY
 from pear_data.store import Store
-from pear_data.store.commit import TEMP_SUFFIX, atomic_path
+from pear_data.store.commit import TEMP_SUFFIX, atomic_path, operation
 from pear_data.store.manifest import FileEntry, TokenizerEntry
 from pear_data.store.private import private_folder
-from pear_data.store.shards import parquet_shard, write_group
+from pear_data.store.shards import parquet_shard
 
 FOLDER = "tokenizer"
 
@@ -51,8 +51,11 @@ def _save_files(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[FileEn
     shutil.rmtree(staging, ignore_errors=True)
     try:
         try:
-            private_folder(staging)
-            tokenizer.save_pretrained(staging)
+            with operation("write", staging):
+                private_folder(staging)
+                tokenizer.save_pretrained(staging)
+        except PearError:
+            raise
         # What the tokenizers library cannot write, it reports as a bare Exception.
         except Exception as error:
             raise PearError(
@@ -65,7 +68,7 @@ def _save_files(store: Store, tokenizer: PreTrainedTokenizerBase) -> list[FileEn
 
 
 def _publish(store: Store, saved: Path, final: Path) -> FileEntry:
-    with atomic_path(final) as temporary:
+    with atomic_path(final) as temporary, operation("write", final):
         shutil.copyfile(saved, temporary)
     return store.entry_of(final)
 
@@ -75,5 +78,5 @@ def _save_vocabulary(store: Store, tokenizer: PreTrainedTokenizerBase) -> FileEn
     final = store.path / FOLDER / "vocabulary.parquet"
     with parquet_shard(final, VOCABULARY) as writer:
         ids = pa.array(np.arange(len(strings), dtype=np.int32))
-        write_group(writer, pa.table([ids, pa.array(strings, pa.string())], schema=VOCABULARY))
+        writer.write(pa.table([ids, pa.array(strings, pa.string())], schema=VOCABULARY))
     return store.entry_of(final)

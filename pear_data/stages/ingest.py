@@ -128,9 +128,8 @@ def _all_whole(store: Store, stage: Stage, progress: Progress) -> bool:
     """Whether nothing is left to do; from the first damaged shard on, all are dropped, to be made again."""
     for index, shard in enumerate(stage.shards):
         try:
-            store.file(shard.file)
-            if shard.quarantine:
-                store.file(shard.quarantine)
+            for file in shard.files:
+                store.file(file)
         except MismatchError as error:
             progress.say(f"{str(error).partition(':')[0]}: making the corpus again from {shard.name} on")
             stage.shards = stage.shards[:index]

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pear_data.corpus.duplicates import duplicate_error
 from pear_data.corpus.records import Rejected
@@ -17,7 +16,7 @@ from pear_data.stages.ingest_batches import Batch, Sample
 from pear_data.store import Store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import Cursor, Shard
-from pear_data.store.shards import parquet_shard, summary_path, summary_shard, write_group
+from pear_data.store.shards import GroupWriter, parquet_shard, summary_path, summary_shard
 
 GROUP_TOKENS = 1_000_000
 GROUP_BYTES = 64 << 20  # of rows, kept or rejected: what bounds memory where these are large and tokens few
@@ -51,9 +50,9 @@ class ShardWriter:
         self._part = store.path / "corpus" / f"{name}.parquet"
         self._summary = summary_path(store.path, "corpus", name)
         self._quarantine = store.path / "quarantine" / f"corpus-{name}.parquet"
-        self._writer: pq.ParquetWriter = files.enter_context(parquet_shard(self._part, CORPUS))
+        self._writer = files.enter_context(parquet_shard(self._part, CORPUS))
         self._summary_writer = files.enter_context(summary_shard(self._summary, CORPUS_SUMMARY))
-        self._quarantine_writer: pq.ParquetWriter | None = None
+        self._quarantine_writer: GroupWriter | None = None
         self._places: dict[str, str] = {}
         self._samples: list[Sample] = []
         self._rejected: list[tuple[str, Rejected]] = []
@@ -89,7 +88,7 @@ class ShardWriter:
         """Write what was gathered as a row group of the shard and one of its quarantine."""
         if self._samples:
             rows = _corpus_rows(self._samples)
-            write_group(self._writer, rows)
+            self._writer.write(rows)
             self._summary_writer.add(rows.select(CORPUS_SUMMARY.names))
             self.num_scored += sum(int(sample.loss_mask.sum()) for sample in self._samples)
             self._samples = []
@@ -98,7 +97,7 @@ class ShardWriter:
                 self._quarantine_writer = self._files.enter_context(
                     parquet_shard(self._quarantine, QUARANTINE)
                 )
-            write_group(self._quarantine_writer, _quarantine_rows(self._rejected))
+            self._quarantine_writer.write(_quarantine_rows(self._rejected))
             self._rejected = []
 
     def entry(self) -> Shard:

@@ -19,8 +19,9 @@ from pear_data.schema import FLOATS, INT32S, QUARANTINE, SCORES, STATUS_OK
 from pear_data.stages.sources import GroupScores, PolicySource, Spans
 from pear_data.store import Store
 from pear_data.store.columns import list_column
+from pear_data.store.commit import operation
 from pear_data.store.manifest import CORPUS, Shard
-from pear_data.store.shards import parquet_shard, write_group
+from pear_data.store.shards import parquet_shard
 from pear_data.tokens import TokenBatch
 
 Scoring = Generator[tuple[TokenBatch, GroupScores], None, None]
@@ -53,7 +54,7 @@ def score_shard(
         contextlib.closing(_one_ahead(_groups(store, shard, source, progress))) as groups,
     ):
         for batch, scores in groups:
-            write_group(writer, _score_rows(batch, scores))
+            writer.write(_score_rows(batch, scores))
             statuses.update(scores.status.tolist())
             scored += int(batch.num_scored[scores.status == STATUS_OK].sum())
             failures += [
@@ -65,7 +66,8 @@ def score_shard(
     if failures:
         _write_quarantine(quarantine, store, shard, failures)
     else:
-        quarantine.unlink(missing_ok=True)  # of an earlier, damaged shard
+        with operation("remove", quarantine):
+            quarantine.unlink(missing_ok=True)  # of an earlier, damaged shard
     entry = Shard(
         name=shard.name,
         file=store.entry_of(final),
@@ -111,7 +113,7 @@ def _write_quarantine(final: Path, store: Store, shard: Shard, failures: list[Fa
         pa.array([record.encode() for record in raw], pa.binary()),
     ]
     with parquet_shard(final, QUARANTINE) as writer:
-        write_group(writer, pa.table(columns, schema=QUARANTINE))
+        writer.write(pa.table(columns, schema=QUARANTINE))
 
 
 def _score_rows(batch: TokenBatch, scores: GroupScores) -> pa.Table:

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pear_data.schema import WEIGHT_STATUSES, WEIGHT_SUMMARY, WEIGHT_TOTALS, WEIGHTS
 from pear_data.stages.weighing import Weighed, Weigher, is_ok, summary_rows, weight_rows
@@ -20,7 +19,7 @@ from pear_data.stages.weight_job import Weighting, WeightJob
 from pear_data.store import Store
 from pear_data.store.columns import flat_values, read_columns
 from pear_data.store.manifest import Manifest, Shard
-from pear_data.store.shards import parquet_shard, summary_path, summary_shard, totals_path, write_group
+from pear_data.store.shards import parquet_shard, summary_path, summary_shard, totals_path
 
 # Levels whose weights change from token to token.
 _UNEVEN = ("token", "dft")
@@ -98,13 +97,9 @@ class _Lane:
         self._summary = summary_path(job.root, self.key, job.name)
         self._totals = totals_path(job.root, self.key, job.name)
         in_runs = weighting.settings.level not in _UNEVEN
-        self._writer: pq.ParquetWriter = files.enter_context(
-            parquet_shard(self._part, WEIGHTS, in_runs=in_runs)
-        )
+        self._writer = files.enter_context(parquet_shard(self._part, WEIGHTS, in_runs=in_runs))
         self._summaries = files.enter_context(summary_shard(self._summary, WEIGHT_SUMMARY))
-        self._totals_writer: pq.ParquetWriter = files.enter_context(
-            parquet_shard(self._totals, WEIGHT_TOTALS)
-        )
+        self._totals_writer = files.enter_context(parquet_shard(self._totals, WEIGHT_TOTALS))
         self._thread = files.enter_context(ThreadPoolExecutor(1))
         self._writing: Future[None] | None = None
         self._statuses = np.zeros(len(WEIGHT_STATUSES), np.int64)
@@ -114,7 +109,7 @@ class _Lane:
         """Weight a row group as `Weigher.weigh` does, and begin to write it when the one before is written."""
         weighed = self._weigher.weigh(group, alike)
         self._written()
-        self._writing = self._thread.submit(write_group, self._writer, weight_rows(group, weighed))
+        self._writing = self._thread.submit(self._writer.write, weight_rows(group, weighed))
         self._summaries.add(summary_rows(group, weighed))
         self._statuses += np.bincount(weighed.status, minlength=len(WEIGHT_STATUSES))
         self._weighted += int(weighed.lengths[weighed.is_ok[weighed.scored]].sum())
@@ -125,7 +120,7 @@ class _Lane:
         self._written()
         if alike is not None:
             self._weigher.totals.take_ratios(alike._weigher.totals)
-        write_group(self._totals_writer, self._weigher.totals.table())
+        self._totals_writer.write(self._weigher.totals.table())
 
     def entry(self, store: Store) -> Shard:
         """The shard's entry, once its files are in place."""

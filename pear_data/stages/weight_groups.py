@@ -16,6 +16,7 @@ from pear_data.stages.weight_job import WeightJob
 from pear_data.store import Store
 from pear_data.store.columns import read_columns
 from pear_data.store.manifest import FileEntry
+from pear_data.store.reading import reading
 
 Item = TypeVar("Item")
 
@@ -79,18 +80,20 @@ def _groups(job: WeightJob, samples: pa.Table) -> Generator[Group, None, None]:
 def _in_step(job: WeightJob, files: dict[str, tuple[FileEntry, list[str]]]) -> Iterator[dict[str, pa.Table]]:
     """The row groups of several files, the first of each together, then the second."""
     with contextlib.ExitStack() as stack:
-        readers = {
-            role: (stack.enter_context(pq.ParquetFile(job.root / entry.path, pre_buffer=False)), columns)
-            for role, (entry, columns) in files.items()
-        }
+        readers = {}
+        for role, (entry, columns) in files.items():
+            with reading(job.root / entry.path):
+                parquet = pq.ParquetFile(job.root / entry.path, pre_buffer=False)
+            readers[role] = (stack.enter_context(parquet), columns)
         counts = {parquet.num_row_groups for parquet, _ in readers.values()}
         if len(counts) > 1:
             raise MismatchError(f"{job.name}: stages differ in row groups: run `pear-data verify`")
         for index in range(counts.pop()):
-            yield {
-                role: parquet.read_row_group(index, columns=columns, use_threads=False)
-                for role, (parquet, columns) in readers.items()
-            }
+            tables = {}
+            for role, (parquet, columns) in readers.items():
+                with reading(job.root / files[role][0].path):
+                    tables[role] = parquet.read_row_group(index, columns=columns, use_threads=False)
+            yield tables
 
 
 @contextlib.contextmanager

@@ -11,12 +11,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pear_data.store.reading import reading
+
 IntArray = npt.NDArray[np.int64]
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
     """Some columns of a whole Parquet file. (`pyarrow.parquet.read_table` loads another 50 MB of code.)"""
-    with pq.ParquetFile(path, pre_buffer=False) as parquet:
+    with reading(path), pq.ParquetFile(path, pre_buffer=False) as parquet:
         return parquet.read(columns=list(columns), use_threads=False)
 
 

@@ -1,10 +1,12 @@
-"""Files that exist whole or not at all: write temp, close, fsync, checksum, rename, fsync the folder."""
+"""Files that exist whole or not at all: write temp, close, fsync, rename, fsync the folder; their entry comes last."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +16,24 @@ from pear_data.store.private import create_private, open_to_others
 
 TEMP_SUFFIX = ".tmp"
 
-# Fault injection: called with the final path before every write reaches the disk; tests make the n-th call raise.
-on_write: Callable[[Path], None] | None = None
+# Fault injection: called before everything that changes a disk with what it is and the path it is for; tests make the
+# n-th operation fail, or end the process there.
+on_operation: Callable[[str, Path], None] | None = None
+
+
+@contextlib.contextmanager
+def operation(what: str, final: Path) -> Iterator[None]:
+    """One operation on the disk, for the file or folder that will be at `final`.
+
+    Raises:
+        PearError: the disk refused (full, read-only, too large a file), naming the path.
+    """
+    try:
+        if on_operation is not None:
+            on_operation(what, final)
+        yield
+    except OSError as error:
+        raise _refused(final, error) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -27,38 +45,53 @@ def sha256_of(path: Path) -> str:
 def atomic_path(final: Path) -> Iterator[Path]:
     """A temporary path to write to; it becomes `final` when the block ends well and vanishes when it does not.
 
-    Nobody else can read it before it is `final`. The block writes into the empty file that is there.
+    Nobody else can read it before it is `final`. The block writes into the empty file that is there; what it writes
+    belongs into an `operation`. No two temporary paths are the same: a worker that outlived its parent by a moment must
+    not write into the file of the next.
 
     Raises:
-        PearError: the disk refused (full, read-only, too large a file), naming the path.
+        PearError: the disk refused, naming the path.
     """
-    temporary = final.with_name(final.name + TEMP_SUFFIX)
+    temporary = final.with_name(f"{final.name}.{secrets.token_hex(4)}{TEMP_SUFFIX}")
+    with operation("make folder", final):
+        make_folder(final.parent)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _refused(final, error) from error
-    try:
-        temporary.unlink(missing_ok=True)  # a link planted there must not be written through
-        create_private(temporary)
+        with operation("create", final):
+            create_private(temporary)
         yield temporary
-        if on_write is not None:
-            on_write(final)
-        open_to_others(temporary)
-        _fsync(temporary)
-        temporary.replace(final)
-        _fsync(final.parent)
-    except OSError as error:
-        if error.filename not in (None, str(temporary), str(final), str(final.parent)):
-            raise
-        raise _refused(final, error) from error
+        with operation("sync", final):
+            open_to_others(temporary)
+            _fsync(temporary)
+        with operation("rename", final):
+            temporary.replace(final)
+        sync_folder(final)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # swept by the next writer
+            temporary.unlink(missing_ok=True)
 
 
 def write_atomically(final: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    with atomic_path(final) as temporary:
+    with atomic_path(final) as temporary, operation("write", final):
         temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, to last: a file in a folder that a crash forgets is lost."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        _fsync(each.parent)
+
+
+def sync_folder(final: Path) -> None:
+    """Make the name of a file or folder that was put in place last.
+
+    Raises:
+        PearError: the disk refused.
+    """
+    with operation("sync folder", final):
+        _fsync(final.parent)
 
 
 def sweep_leftovers(folder: Path) -> None:
@@ -72,9 +105,23 @@ def sweep_leftovers(folder: Path) -> None:
 
 def _refused(final: Path, error: OSError) -> PearError:
     reason = error.strerror or str(error).splitlines()[0]
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free space" if full else "remove it" if error.errno == errno.EEXIST else "mend that"
     return PearError(
-        f"cannot write {final}: {reason}; free space or choose another place, then run the same command again"
+        f"cannot write {final}: {reason}{_space(final) if full else ''}; {remedy} or choose another place, then run the "
+        "same command again"
     )
+
+
+def _space(final: Path) -> str:
+    """What was written of a file when space ran out, and what is left."""
+    try:
+        beside = (path for path in final.parent.iterdir() if path.name.startswith(f"{final.name}."))
+        written = sum(path.stat().st_size for path in beside if path.suffix == TEMP_SUFFIX)
+        free = shutil.disk_usage(final.parent).free
+    except OSError:
+        return ""
+    return f" ({written:,} bytes of it were written, {free:,} are free there)"
 
 
 def _fsync(path: Path) -> None:

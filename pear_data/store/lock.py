@@ -7,8 +7,10 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from pear_data.errors import PearError
+from pear_data.store.commit import make_folder
 
 LOCK_NAME = ".lock"
 
@@ -22,20 +24,32 @@ def exclusive(folder: Path) -> Iterator[None]:
             written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         opened = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise PearError(f"cannot write to {folder} ({error.strerror}): choose another place") from error
-    with os.fdopen(opened, "a+", encoding="utf-8") as file:
+    with os.fdopen(opened, "ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = file.read().decode(errors="replace").strip() or "unknown"
             raise PearError(
                 f"{folder} is being written by process {holder}: wait for it, or choose another place"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        except OSError as error:
+            raise PearError(f"cannot lock {folder} ({error.strerror}): choose another place") from error
+        if not _is_still_there(file, folder / LOCK_NAME):
+            raise PearError(f"{folder} was just finished by another process: run the same command again")
+        with contextlib.suppress(OSError):  # the lock holds without its holder's name
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
+
+
+def _is_still_there(file: IO[bytes], path: Path) -> bool:
+    """Whether `file`, by now locked, is what others find at `path`: who had it before may have taken it away."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

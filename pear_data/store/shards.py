@@ -10,27 +10,50 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_data.schema import parquet_options
-from pear_data.store.commit import atomic_path
+from pear_data.store.commit import atomic_path, operation
 
 SUMMARY_ROWS = 500_000
 
 
 @contextlib.contextmanager
-def parquet_shard(final: Path, schema: pa.Schema, *, in_runs: bool = False) -> Iterator[pq.ParquetWriter]:
-    """A Parquet writer whose file appears at `final` only when the block ends well; `in_runs`: see `parquet_options`.
+def parquet_shard(final: Path, schema: pa.Schema, *, in_runs: bool = False) -> Iterator[GroupWriter]:
+    """A file to write row groups to, which appears at `final` only when the block ends well.
 
-    Each `write_table(table, row_group_size=len(table))` makes one row group.
+    Args:
+        final: where.
+        schema: of every row group.
+        in_runs: see `parquet_options`.
+
+    Raises:
+        PearError: the disk refused, naming the path.
     """
-    with (
-        atomic_path(final) as temporary,
-        pq.ParquetWriter(temporary, schema, **parquet_options(schema, in_runs=in_runs)) as writer,
-    ):
-        yield writer
+    with atomic_path(final) as temporary:
+        with operation("create", final):
+            writer = pq.ParquetWriter(temporary, schema, **parquet_options(schema, in_runs=in_runs))
+        try:
+            yield GroupWriter(writer, final)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                writer.close()
+            raise
+        with operation("close", final):
+            writer.close()
 
 
-def write_group(writer: pq.ParquetWriter, table: pa.Table) -> None:
-    """Write a table as one row group, so that every stage of a shard is cut at the same rows."""
-    writer.write_table(table, row_group_size=max(1, len(table)))
+class GroupWriter:
+    """Writes row groups to the file that will be at `final`."""
+
+    def __init__(self, writer: pq.ParquetWriter, final: Path) -> None:
+        self._writer, self._final = writer, final
+
+    def write(self, table: pa.Table) -> None:
+        """Write a table as one row group, so that every stage of a shard is cut at the same rows.
+
+        Raises:
+            PearError: the disk refused, naming the path.
+        """
+        with operation("write", self._final):
+            self._writer.write_table(table, row_group_size=max(1, len(table)))
 
 
 def summary_path(store: Path, key: str, name: str) -> Path:
@@ -55,7 +78,7 @@ def summary_shard(final: Path, schema: pa.Schema) -> Iterator[SummaryWriter]:
 class SummaryWriter:
     """Gathers a shard's rows into row groups far larger than its parts': they hold no tokens."""
 
-    def __init__(self, writer: pq.ParquetWriter) -> None:
+    def __init__(self, writer: GroupWriter) -> None:
         self._writer = writer
         self._tables: list[pa.Table] = []
         self._rows = 0
@@ -70,5 +93,5 @@ class SummaryWriter:
     def flush(self) -> None:
         """Write what was gathered."""
         if self._tables:
-            write_group(self._writer, pa.concat_tables(self._tables).combine_chunks())
+            self._writer.write(pa.concat_tables(self._tables).combine_chunks())
         self._tables, self._rows = [], 0

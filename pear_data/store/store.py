@@ -25,6 +25,7 @@ from pear_data.store.manifest import (
     fingerprint,
     read_manifest,
 )
+from pear_data.store.reading import is_refusal, reading, refused
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -103,7 +104,11 @@ class Store:
         return path
 
     def fault_of(self, entry: FileEntry, *, size_only: bool = False) -> str | None:
-        """What is wrong with a committed file ("is missing", ...), or None."""
+        """What is wrong with a committed file ("is missing", ...), or None.
+
+        Raises:
+            PearError: the system would not let us read it.
+        """
         path = self.path / entry.path
         if not path.is_file():
             return "is missing"
@@ -114,13 +119,15 @@ class Store:
             if not size_only and sha256_of(path) != entry.sha256:
                 return "does not match its sha256 in the manifest"
         except OSError as error:
+            if is_refusal(error):
+                raise refused(path, error) from error
             return f"cannot be read ({error.strerror})"
         return None
 
     def row_groups(self, shard: Shard, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The row groups of a shard, one at a time. All stages cut a shard at the same rows."""
         path = self.file(shard.file)
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
+        with reading(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
             for group in range(parquet.num_row_groups):
                 yield parquet.read_row_group(group, columns=list(columns) if columns else None)
 

@@ -35,7 +35,7 @@ from pear_data.schema import (
 from pear_data.store import Store, writable_store
 from pear_data.store.columns import list_column, offsets_of
 from pear_data.store.manifest import FileEntry, Shard, TokenizerEntry
-from pear_data.store.shards import parquet_shard, summary_path, summary_shard, write_group
+from pear_data.store.shards import parquet_shard, summary_path, summary_shard
 
 VOCABULARY_SIZE = 32_000
 GROUP_TOKENS = 1_000_000
@@ -147,12 +147,12 @@ def _write_shard(
     with corpus as corpus_writer, summary_shard(summary, CORPUS_SUMMARY) as summary_writer:
         for group in groups:
             rows = _corpus_rows(group, sources)
-            write_group(corpus_writer, rows)
+            corpus_writer.write(rows)
             summary_writer.add(rows.select(CORPUS_SUMMARY.names))
     for number, opened in enumerate(scores):
         with opened as writer:
             for group in groups:
-                write_group(writer, _score_rows(group, number, spans))
+                writer.write(_score_rows(group, number, spans))
     scored = sum(int(group.scored.sum()) for group in groups)
     inputs: dict[str, str] = {}
     for key, path in parts.items():

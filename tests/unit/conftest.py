@@ -13,7 +13,7 @@ from pear_data.schema import CORPUS, FLOATS, INPUT_IDS, INT32S, LOSS_MASK, SCORE
 from pear_data.store import writable_store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import Shard, TokenizerEntry
-from pear_data.store.shards import parquet_shard, write_group
+from pear_data.store.shards import parquet_shard
 
 VOCABULARY_SIZE = 50
 
@@ -100,7 +100,7 @@ def _write(store, key, name, schema, tables, inputs):
     final = store.path / key / f"{name}.parquet"
     with parquet_shard(final, schema) as writer:
         for table in tables:
-            write_group(writer, table)
+            writer.write(table)
     rows = pa.concat_tables(tables)
     scored = int(rows["num_scored"].to_numpy().sum())
     tokens = int(rows["num_tokens"].to_numpy().sum()) if "num_tokens" in rows.column_names else scored

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pear_data.errors import PearError
+from pear_data.store.commit import make_folder, operation, sync_folder
 from pear_data.store.lock import LOCK_NAME, exclusive
 from pear_data.store.private import open_to_others, private_folder
 
@@ -23,26 +22,38 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises:
         PearError: another process is filling it, or the disk refused.
     """
-    partial = out.absolute().with_name(f".{out.absolute().name}{PARTIAL_SUFFIX}")
-    try:
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}{PARTIAL_SUFFIX}")
+    with operation("make folder", partial):
+        make_folder(out.parent)
         private_folder(partial)
-    except OSError as error:
-        raise PearError(
-            f"cannot write {partial}: {error.strerror}; remove it or choose another OUT"
-        ) from error
     with exclusive(partial):
-        for leftover in partial.iterdir():
-            if leftover.name != LOCK_NAME:
-                leftover.unlink()
         try:
+            with operation("remove leftovers", partial):
+                _empty(partial)
             yield partial
-            (partial / LOCK_NAME).unlink()
-            open_to_others(partial)
-            if out.exists():
-                out.rmdir()
-            partial.rename(out)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise PearError(f"cannot write {out}: {error.strerror}; choose another OUT") from error
+            with operation("rename", out):
+                open_to_others(partial)
+                partial.rename(out)
+        except BaseException:
+            with contextlib.suppress(OSError):  # emptied by the next export
+                _empty(partial)
+                remove_lock(partial)
+                partial.rmdir()
             raise
+        sync_folder(out)
+        # The lock moved along: taken away first, another process could begin to fill what is renamed above.
+        with operation("remove", out / LOCK_NAME):
+            remove_lock(out)
+
+
+def remove_lock(folder: Path) -> None:
+    """Take the lock out of a finished export, where it still is if its writer was killed at the last moment."""
+    if (folder / LOCK_NAME).exists():
+        (folder / LOCK_NAME).unlink(missing_ok=True)
+
+
+def _empty(partial: Path) -> None:
+    for leftover in partial.iterdir():
+        if leftover.name != LOCK_NAME:
+            leftover.unlink()

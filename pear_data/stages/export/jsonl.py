@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pear_data.stages.export.formats import Write
 from pear_data.stages.export.rows import Rows
-from pear_data.store.commit import atomic_path
+from pear_data.store.commit import atomic_path, operation
 
 Lines = Callable[[Rows], bytes]
 
@@ -24,13 +24,20 @@ def opener(lines: Lines) -> Callable[[Path], contextlib.AbstractContextManager[W
 
     @contextlib.contextmanager
     def opened(path: Path) -> Iterator[Write]:
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
+        with atomic_path(path) as temporary:
+            with operation("create", path):
+                # Unbuffered, so that closing has nothing left to write that could fail.
+                file = temporary.open("wb", buffering=0)
 
             def write(rows: Rows) -> int:
-                file.write(lines(rows))
+                left = memoryview(lines(rows))
+                with operation("write", path):
+                    while left:
+                        left = left[file.write(left) :]
                 return len(rows)
 
-            yield write
+            with file:
+                yield write
 
     return opened
 

@@ -16,7 +16,7 @@ from pear_data.progress import Outcome, Progress
 from pear_data.schema import STATUS_OK
 from pear_data.stages.alignment import AlignedShard, aligned_row_groups, aligned_shards
 from pear_data.stages.export.files import SplitFiles
-from pear_data.stages.export.folder import whole_folder
+from pear_data.stages.export.folder import remove_lock, whole_folder
 from pear_data.stages.export.formats import Format, format_of
 from pear_data.stages.export.live import behavior_policy, live_settings
 from pear_data.stages.export.manifest import (
@@ -117,6 +117,7 @@ def _already_exported(job: _Job, out: Path) -> bool:
     if before != after:
         differences = "; ".join(differing_fields(before, after))
         raise MismatchError(f"{out} holds another export ({differences}): remove it or choose another OUT")
+    remove_lock(out)
     return True
 
 

@@ -17,7 +17,7 @@ from pear_data.stages.export.formats import GROUP_TOKENS, PER_LABEL, UNSHIFTED, 
 from pear_data.stages.export.packing import packed
 from pear_data.stages.export.rows import Rows
 from pear_data.store.columns import list_column, offsets_of
-from pear_data.store.shards import parquet_shard, write_group
+from pear_data.store.shards import parquet_shard
 
 TableOf = Callable[[Rows], pa.Table]
 
@@ -90,7 +90,7 @@ def _opener(
 
             def write(rows: Rows) -> int:
                 table = table_of(rows)
-                write_group(writer, table)
+                writer.write(table)
                 return len(table)
 
             yield write

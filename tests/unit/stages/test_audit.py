@@ -76,14 +76,14 @@ def rewrite(folder, change):
     import pyarrow as pa
 
     from pear_data.schema import SCORES
-    from pear_data.store.shards import parquet_shard, write_group
+    from pear_data.store.shards import parquet_shard
 
     with writable_store(folder) as store:
         for shard in store.stage("scores/initial").shards:
             groups = [table.to_pylist() for table in store.row_groups(shard)]
             with parquet_shard(store.path / shard.file.path, SCORES) as writer:
                 for group in groups:
-                    write_group(writer, pa.Table.from_pylist([change(row) for row in group], SCORES))
+                    writer.write(pa.Table.from_pylist([change(row) for row in group], SCORES))
             shard.file = store.entry_of(store.path / shard.file.path)
         store.save()
 

@@ -17,7 +17,7 @@ from pear_data.stages.measure import measure
 from pear_data.stages.statistics import summarise
 from pear_data.stages.weight import weight
 from pear_data.store import open_store, writable_store
-from pear_data.store.shards import parquet_shard, totals_path, write_group
+from pear_data.store.shards import parquet_shard, totals_path
 
 
 def totals_table(sources, tokens=20_000, seed=0):
@@ -60,7 +60,7 @@ def replace_totals(store, tables):
     for shard, table in zip(store.stage("weights/block").shards, tables, strict=True):
         final = totals_path(store.path, "weights/block", shard.name)
         with parquet_shard(final, WEIGHT_TOTALS) as writer:
-            write_group(writer, table)
+            writer.write(table)
         shard.totals = store.entry_of(final)
 
 
@@ -143,7 +143,7 @@ def test_totals_of_another_schema_are_refused(weighted):
     final = totals_path(weighted.path, "weights/block", shard.name)
     table = totals_table(["a"]).drop_columns(["negatives"])
     with parquet_shard(final, table.schema) as writer:
-        write_group(writer, table)
+        writer.write(table)
     shard.totals = weighted.entry_of(final)
     with pytest.raises(MismatchError, match="other columns than totals have"):
         measure(weighted, "block")

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-import pear_data.store.commit as commit
 from pear_data import open_store
 from pear_data.config import ScoreSettings
 from pear_data.errors import MismatchError, PearError, UsageError
@@ -130,34 +129,6 @@ def test_an_engine_that_dies_loses_only_its_shard(folder):
         del store.manifest.stages["scores/new"]
         store.save()
     run(folder, FaultyScorer())
-    assert rows(folder) == whole
-
-
-def test_every_failing_write_is_survived(folder, monkeypatch):
-    run(folder, FaultyScorer())
-    whole = rows(folder)
-    with writable_store(folder) as store:
-        del store.manifest.stages["scores/new"]
-        store.save()
-    for attempt in range(1, 50):
-        left = attempt
-
-        def fail_at_the_nth(path):
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(commit, "on_write", fail_at_the_nth)
-        try:
-            run(folder, FaultyScorer())
-            break
-        except PearError:
-            pass
-        finally:
-            monkeypatch.setattr(commit, "on_write", None)
-        assert not list(folder.rglob("*.tmp"))
-    assert attempt > 3
     assert rows(folder) == whole
 
 

@@ -16,7 +16,7 @@ from pear_data.schema import FLOATS, INT32S, SCORES
 from pear_data.store import open_store, writable_store
 from pear_data.store.columns import list_column
 from pear_data.store.manifest import Shard
-from pear_data.store.shards import parquet_shard, write_group
+from pear_data.store.shards import parquet_shard
 
 KEY = "scores/initial"
 
@@ -40,7 +40,7 @@ def write_shard(store, name, ids):
     final = store.path / KEY / f"{name}.parquet"
     with parquet_shard(final, SCORES) as writer:
         for start in range(0, len(ids), 2):
-            write_group(writer, rows(ids[start : start + 2]))
+            writer.write(rows(ids[start : start + 2]))
     store.commit(KEY, Shard(name=name, file=store.entry_of(final), rows=len(ids), num_tokens=0, num_scored=0))
 
 
@@ -112,11 +112,11 @@ def test_every_flipped_bit_is_found(folder):
 def test_a_failed_write_leaves_no_trace(folder, monkeypatch):
     before = sorted(path.name for path in folder.rglob("*"))
 
-    def fail(path):
+    def fail(what, path):
         raise OSError(28, "No space left on device")
 
     with writable_store(folder) as store:
-        monkeypatch.setattr(commit, "on_write", fail)
+        monkeypatch.setattr(commit, "on_operation", fail)
         with pytest.raises(PearError, match=r"cannot write .*part-00001.parquet: No space left.*free space"):
             write_shard(store, "part-00001", ["d"])
     assert sorted(path.name for path in folder.rglob("*")) == before
@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_no_trace(folder, monkeypatch):
 def test_an_exception_while_writing_leaves_no_file(folder):
     final = folder / KEY / "part-00001.parquet"
     with pytest.raises(RuntimeError), parquet_shard(final, SCORES) as writer:
-        write_group(writer, rows(["d"]))
+        writer.write(rows(["d"]))
         raise RuntimeError
     assert not list(folder.rglob("part-00001*"))
 

@@ -566,7 +566,7 @@ def test_a_running_query_can_be_interrupted(folder, query, kind):
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 60
-            while not (folder / "out.csv.tmp").exists() and time.monotonic() < deadline:
+            while not list(folder.glob("out.csv.*.tmp")) and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(0.2)
             process.send_signal(kind)

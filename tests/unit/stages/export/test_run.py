@@ -102,12 +102,13 @@ def test_a_killed_export_leaves_nothing_at_its_place_and_is_done_again(folder, t
 def test_an_export_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
     writes = []
 
-    def fail_at_the_third(path):
-        writes.append(path)
+    def fail_at_the_third(what, path):
+        if what == "sync":
+            writes.append(path)
         if len(writes) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(commit, "on_write", fail_at_the_third)
+    monkeypatch.setattr(commit, "on_operation", fail_at_the_third)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(PearError, match="No space left on device"):
         run(folder, tmp_path / "out", shard_tokens=120)
@@ -162,12 +163,12 @@ from pear_data.stages.export import export
 from pear_data.store import commit
 
 left = int(sys.argv[3])
-def die(path):
+def die(what, path):
     global left
-    left -= 1
+    left -= what == "sync"
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
-commit.on_write = die
+commit.on_operation = die
 export(open_store(sys.argv[1]), ExportSettings(out=sys.argv[2], weights="token", shard_tokens=120), Silent())
 """
 

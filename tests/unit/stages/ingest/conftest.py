@@ -113,12 +113,14 @@ def die_at(monkeypatch):
     def arm(n):
         writes.clear()
 
-        def on_write(final):
+        def on_operation(what, final):
+            if what != "sync":
+                return
             writes.append(final)
             if len(writes) == n:
                 raise KilledError
 
-        monkeypatch.setattr(commit, "on_write", on_write)
+        monkeypatch.setattr(commit, "on_operation", on_operation)
         return writes
 
     return arm
