@@ -107,9 +107,9 @@ def _refused(final: Path, error: OSError) -> PearError:
     reason = error.strerror or str(error).splitlines()[0]
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "free space" if full else "remove it" if error.errno == errno.EEXIST else "mend that"
+    space = _space(final) if full else ""
     return PearError(
-        f"cannot write {final}: {reason}{_space(final) if full else ''}; {remedy} or choose another place, then run the "
-        "same command again"
+        f"cannot write {final}: {reason}{space}; {remedy} or choose another place, then run the same command again"
     )
 
 
