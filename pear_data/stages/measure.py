@@ -154,7 +154,7 @@ def measure(store: Store, name: str) -> Measured:
         if entry is None:
             raise MismatchError(
                 f"{key} in {store.path} was made by an earlier pear-data, without the totals that diagnostics read: "
-                f"run `pear-data weight --name {name} --overwrite` with its settings"
+                f"run `pear-data migrate --store {store.path}`"
             )
         for source, totals in _by_source(store.file(entry)):
             sources.setdefault(source, Totals()).update(totals)

@@ -55,7 +55,7 @@ def write_query(
     notes = [fault for key in store.manifest.stages if (fault := outdated(store, key))]
     notes += [
         f"weights/{name} in {store.path} is left out, as an earlier version made it without summaries: "
-        "run the command that made it again, with --overwrite"
+        f"run `pear-data migrate --store {store.path}`"
         for name in left_out(store.manifest)
     ]
     with connect(store, timeout=timeout) as views:

@@ -15,6 +15,8 @@ from pear_data.errors import PearError
 from pear_data.store.private import create_private, open_to_others
 
 TEMP_SUFFIX = ".tmp"
+# Where `migrate` keeps what it replaces until the new manifest is written.
+ASIDE = "before-migration"
 
 # Fault injection: called before everything that changes a disk with what it is and the path it is for; tests make the
 # n-th operation fail, or end the process there.
@@ -62,12 +64,21 @@ def atomic_path(final: Path) -> Iterator[Path]:
         with operation("sync", final):
             open_to_others(temporary)
             _fsync(temporary)
-        with operation("rename", final):
-            temporary.replace(final)
-        sync_folder(final)
+        put_in_place(temporary, final)
     finally:
         with contextlib.suppress(OSError):  # swept by the next writer
             temporary.unlink(missing_ok=True)
+
+
+def put_in_place(written: Path, final: Path) -> None:
+    """Rename a file that is written and synced, to last.
+
+    Raises:
+        PearError: the disk refused.
+    """
+    with operation("rename", final):
+        written.replace(final)
+    sync_folder(final)
 
 
 def write_atomically(final: Path, text: str) -> None:
@@ -97,7 +108,7 @@ def sync_folder(final: Path) -> None:
 def sweep_leftovers(folder: Path) -> None:
     """Remove what a killed writer left; only the holder of the store's lock may."""
     for leftover in list(folder.rglob(f"*{TEMP_SUFFIX}")):
-        if leftover.is_dir():
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)

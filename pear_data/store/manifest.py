@@ -76,6 +76,11 @@ class Stage(_Entry):
     )
 
     @property
+    def files(self) -> list[FileEntry]:
+        """Every file of the stage."""
+        return [entry for shard in self.shards for entry in shard.files]
+
+    @property
     def num_scored(self) -> int:
         return sum(shard.num_scored for shard in self.shards)
 
@@ -106,6 +111,12 @@ class Manifest(_Entry):
     stages: dict[str, Stage] = Field(
         default_factory=dict, description="Keys: corpus, scores/<policy>, weights/<name>."
     )
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """Every committed file of the store."""
+        made = [entry for stage in self.stages.values() for entry in stage.files]
+        return made if self.tokenizer is None else [*made, *self.tokenizer.files, self.tokenizer.vocabulary]
 
     def names(self, kind: str) -> list[str]:
         """Names of the stages of a kind ("scores" or "weights"), in the order they were made."""

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pear_data import __version__
-from pear_data.errors import MismatchError, UsageError
+from pear_data.errors import MismatchError, PearError, UsageError
+from pear_data.schema import FORMAT_VERSION
 from pear_data.store.commit import sha256_of, sweep_leftovers, write_atomically
 from pear_data.store.lock import exclusive
 from pear_data.store.manifest import (
@@ -176,8 +177,6 @@ class Store:
         """Whether a shard is committed, whole, and made from these inputs."""
         if shard is None or shard.inputs != inputs or any(map(self.fault_of, shard.files)):
             return False
-        if key.startswith("weights/") and not (shard.summary and shard.totals):
-            return False  # made before weights had them
         self._checked.update((file.path, file.sha256) for file in shard.files)
         return True
 
@@ -215,12 +214,12 @@ def open_store(path: str | Path) -> Store:
 
 
 @contextlib.contextmanager
-def writable_store(path: str | Path, *, create: bool = False) -> Iterator[Store]:
+def writable_store(path: str | Path, *, create: bool = False, any_version: bool = False) -> Iterator[Store]:
     """Open a store as its only writer, sweeping what a killed writer left.
 
     Raises:
         PearError: another process writes to it, or there is none and `create` is off, or the folder holds
-            something else.
+            something else, or, without `any_version`, the store is of an earlier format version.
     """
     folder = Path(path)
     exists = (folder / MANIFEST_NAME).exists()
@@ -235,6 +234,12 @@ def writable_store(path: str | Path, *, create: bool = False) -> Iterator[Store]
         sweep_leftovers(folder)
         if (folder / MANIFEST_NAME).exists():
             store = open_store(folder)
+            version = store.manifest.format_version
+            if version < FORMAT_VERSION and not any_version:
+                raise PearError(
+                    f"{folder} has format version {version}, which is read and no longer written: "
+                    f"run `pear-data migrate --store {folder}`, then this again"
+                )
         else:
             store = Store(folder, Manifest(created_by=f"pear-data {__version__}"))
             store.save()

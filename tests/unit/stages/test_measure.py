@@ -131,7 +131,7 @@ def test_what_cannot_be_measured_is_refused(weighted):
         measure(weighted, "block")
     path.write_bytes(content)
     stage.shards[1].totals = None
-    with pytest.raises(MismatchError, match="run `pear-data weight --name block --overwrite`"):
+    with pytest.raises(MismatchError, match="run `pear-data migrate --store"):
         measure(weighted, "block")
     stage.shards[0].inputs["scores/behavior"] = "0" * 64
     with pytest.raises(MismatchError, match="was not made from the present scores/behavior"):

@@ -105,7 +105,7 @@ def test_a_weighting_without_summaries_is_left_out_and_noted(store):
     lines, note = written(store, "select count(*) as n from weights", "jsonl")
     assert lines == b'{"n":0}\n'
     assert note.startswith(f"weights/old in {store.path} is left out")
-    assert "--overwrite" in note
+    assert "pear-data migrate" in note
 
 
 def test_what_goes_to_a_terminal_cannot_steer_it():

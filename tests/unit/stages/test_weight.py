@@ -382,17 +382,6 @@ def test_what_fails_before_its_first_shard_leaves_nothing(make_store, samples):
     assert open_store(folder).complete_stage("weights/block").shards
 
 
-def test_weights_without_sums_are_made_again(make_store, samples):
-    folder = make_store(samples)
-    run(folder)
-    with writable_store(folder) as store:
-        for shard in store.stage("weights/block").shards:
-            shard.summary = shard.totals = None
-        store.save()
-    run(folder)
-    assert all(shard.summary and shard.totals for shard in open_store(folder).stage("weights/block").shards)
-
-
 def test_a_block_may_be_larger_than_any_sample(make_store, samples):
     folder = make_store(samples)
     run(folder, block_size=2**31 - 1)
