@@ -56,6 +56,7 @@ REQUIREMENTS = [
     "backoff==2.2.1",
     "distro==1.9.0",
     "fastcore==2.2.39",
+    "six==1.17.0",
 ]
 ONE_STEP: dict[str, Any] = {
     "optimizer": "sgd",
