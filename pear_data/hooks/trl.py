@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -22,22 +22,12 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import FusedCausalLMOutput, global_then_local_main_first
 
-from pear_data.hooks.trl_rows import (
-    BEHAVIOR,
-    PACKED,
-    TOKEN_COLUMNS,
-    WEIGHTS,
-    SFTCollator,
-    refusing_longer_rows,
-    require_columns,
-    require_padding_free,
-)
-from pear_data.loss import PearCollator
-from pear_data.loss.live import LivePear
-
-Normaliser = Literal["tokens", "weights", "sequences"] | float
-
-IGNORE_INDEX = -100
+from pear_data.hooks.step_denominator import refuse_split_sequences, step_denominator
+from pear_data.hooks.trl_rows import refusing_longer_rows, require_columns, require_padding_free
+from pear_data.loss import LivePear, PearCollator
+from pear_data.loss.alignment import IGNORE_INDEX
+from pear_data.loss.collator import BEHAVIOR, PACKED, TOKEN_COLUMNS, WEIGHTS
+from pear_data.loss.normaliser import Normaliser, require_normaliser
 
 _REFUSED_SETTINGS = {
     "assistant_only_loss": ((False,), "the export's labels say what is scored"),
@@ -109,10 +99,7 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         **kwargs: Any,
     ) -> None:
         _refuse(args, kwargs)
-        if live is not None and normaliser == "weights":
-            raise ValueError(
-                "live weights are not known before the step: take another normaliser than weights"
-            )
+        require_normaliser(normaliser, live)
         self.live = live
         self.normaliser = normaliser
         self._rescaling: Tensor | None = None
@@ -121,11 +108,14 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
             # Dispatching, accelerate's way with streams, cannot join batches that are not of tensors alone.
             args.accelerator_config.dispatch_batches = False
         super().__init__(model=model, args=args, **kwargs)
-        _refuse_split_sequences(self.accelerator.parallelism_config)
+        refuse_split_sequences(self.accelerator.parallelism_config)
         # TRL divides by the Trainer's count of labels, whether or not the model's own loss would.
         self.model_accepts_loss_kwargs = True
-        self.data_collator = SFTCollator(
-            PearCollator(self._tokenizer.pad_token_id, self.padding_free, self.args.pad_to_multiple_of)
+        self.data_collator = PearCollator(
+            self._tokenizer.pad_token_id,
+            self.padding_free,
+            self.args.pad_to_multiple_of,
+            require_weights=False,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -167,13 +157,8 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """TRL's own count of labels, by which it divides; what weights are multiplied by makes up the difference."""
         labels = super()._get_num_items_in_batch(batch_samples, device)
-        if self.normaliser == "tokens" or not batch_samples:
-            return labels
-        denominator: Any = self.normaliser
-        if isinstance(denominator, str):
-            local = torch.stack([_counted(batch, denominator) for batch in batch_samples]).sum()
-            denominator = self.accelerator.gather(local.to(device)).sum() / self.get_tp_size()
-        self._rescaling = labels / denominator
+        if self.normaliser != "tokens" and batch_samples:
+            self._rescaling = labels / step_denominator(self, batch_samples, self.normaliser, device)
         return labels
 
     def compute_loss(
@@ -225,18 +210,6 @@ class PearSFTTrainer(SFTTrainer):  # type: ignore[misc]  # TRL has no types
         )
 
 
-def _counted(batch: Mapping[str, Any], normaliser: str) -> Tensor:
-    """The sum of a batch's weights, or the number of its sequences that have labels; float32 scalar."""
-    scored: Tensor = batch["labels"] != IGNORE_INDEX
-    if normaliser == "weights":
-        weights: Tensor = batch[WEIGHTS]
-        return weights.sum()
-    if "seq_idx" not in batch:
-        return scored.any(1).sum().float()
-    sequences = torch.zeros(batch["cu_seq_lens_q"].numel() - 1, device=scored.device)
-    return sequences.scatter_reduce(0, batch["seq_idx"][0].long(), scored[0].float(), "amax").sum()
-
-
 def _aligned(values: Tensor, length: int) -> Tensor:
     """[B, L] at the index of tokens, as [B, length] at the index of the log-probs that predict them.
 
@@ -272,11 +245,3 @@ def _refuse(args: SFTConfig, arguments: Mapping[str, Any]) -> None:
     for name, reason in _REFUSED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise ValueError(f"make_sft_trainer takes no {name}: {reason}")
-
-
-def _refuse_split_sequences(parallelism: Any) -> None:
-    if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError(
-            "context and sequence parallelism split a sequence over devices, and its weights would stay whole: "
-            "set cp_size and sp_size to 1"
-        )

@@ -1,4 +1,4 @@
-"""Rows of an export on their way into TRL: what must hold of a dataset, and batches of its rows."""
+"""Rows of an export on their way into TRL: what must hold of a dataset."""
 
 from __future__ import annotations
 
@@ -7,46 +7,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset, IterableDataset
-
-from pear_data.loss import PearCollator
-
-WEIGHTS = "loss_weights"
-BEHAVIOR = "behavior_logprobs"
-PACKED = "seq_lengths"
-TOKEN_COLUMNS = ("input_ids", "attention_mask", "labels", WEIGHTS, BEHAVIOR)
-
-
-class SFTCollator:
-    """PearCollator for TRL's loaders: packs laid out again as their samples, and evaluation rows without weights."""
-
-    def __init__(self, collator: PearCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows = [sample for feature in features for sample in _samples(feature)]
-        if not any(WEIGHTS in row for row in rows):
-            batch = self.collator([{**row, WEIGHTS: [0.0] * len(row["input_ids"])} for row in rows])
-            del batch[WEIGHTS]
-            return batch
-        batch = self.collator(rows)
-        if BEHAVIOR in rows[0] and BEHAVIOR not in batch:
-            batch[BEHAVIOR] = self.collator([{**row, WEIGHTS: row[BEHAVIOR]} for row in rows])[WEIGHTS]
-        return batch
-
-
-def _samples(feature: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The samples of a pack; a row that is no pack is its only sample."""
-    if PACKED not in feature:
-        return [feature]
-    lengths = torch.as_tensor(feature[PACKED]).tolist()
-    columns = {
-        name: torch.split(torch.as_tensor(feature[name]), lengths)
-        for name in TOKEN_COLUMNS
-        if name in feature
-    }
-    return [dict(zip(columns, sample, strict=True)) for sample in zip(*columns.values(), strict=True)]
 
 
 def require_columns(name: str, columns: Sequence[str], required: Sequence[str]) -> None:

@@ -37,7 +37,7 @@ def live_weights(
 
     `logprobs` and `behavior_logprobs` (natural log) and `mask` (true or 1 where a token is scored) are [B, L] or [N],
     entry i of each belonging to the same predicted token. A row is one sequence, or as many as `sequence_ids` has runs
-    of equal ids in it (packs; see `sequence_ids_from_positions`). What stands outside the mask is never used and may be
+    of equal ids in it (packs; see `alignment.sequence_ids`). What stands outside the mask is never used and may be
     non-finite. Sums are in float64. `negative`, true over the tokens of samples marked negative, gives these
     `-negative_scale` times their sequence-level weight (3.6).
 
@@ -161,11 +161,6 @@ class LiveWeightsOfRows:
         return self._settings._weights(spans, self._sums, self._settings.level)
 
 
-def sequence_ids_from_positions(position_ids: Tensor) -> Tensor:
-    """Ids [B, L] that grow where `position_ids` [B, L] of a pack start again at 0."""
-    return (position_ids == 0).cumsum(-1)
-
-
 @dataclass(frozen=True, slots=True)
 class _Spans:
     """For each entry: how many tokens are scored before it, its sequence and its sequence's end. int64 [N]."""
@@ -191,7 +186,7 @@ def _spans(scored: Tensor, sequence_ids: Tensor | None) -> _Spans:
     count = scored.reshape(-1).long().cumsum(0)
     rank = count - scored.reshape(-1).long()
     starts = torch.zeros_like(scored)
-    starts[..., 0] = True
+    starts[..., :1] = True
     if sequence_ids is not None:
         ids = sequence_ids.to(scored.device)
         starts[..., 1:] |= ids[..., 1:] != ids[..., :-1]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pear_data.loss.alignment import IGNORE_INDEX, next_token, shape_of
+
 
 def weighted_nll(logprobs: Tensor, weights: Tensor, mask: Tensor, *, denom: Tensor | float) -> Tensor:
     """`-sum(weights * logprobs over mask) / denom`, with no gradient through the weights.
@@ -23,8 +25,8 @@ def weighted_nll(logprobs: Tensor, weights: Tensor, mask: Tensor, *, denom: Tens
     """
     if not logprobs.shape == weights.shape == mask.shape:
         raise ValueError(
-            f"logprobs {_shape(logprobs)}, weights {_shape(weights)} and mask {_shape(mask)} must have one shape: "
-            "give each scored token its own weight"
+            f"logprobs {shape_of(logprobs)}, weights {shape_of(weights)} and mask {shape_of(mask)} must have "
+            "one shape: give each scored token its own weight"
         )
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     unscored = ~mask.to(logprobs.device).bool()
@@ -37,8 +39,8 @@ def causal_loss(
     logits: Tensor,
     labels: Tensor | None,
     vocab_size: int,
-    num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
+    num_items_in_batch: Tensor | float | None = None,
+    ignore_index: int = IGNORE_INDEX,
     shift_labels: Tensor | None = None,
     loss_weights: Tensor | None = None,
     **kwargs: Any,
@@ -60,24 +62,38 @@ def causal_loss(
     if shift_labels is None:
         if labels is None:
             raise ValueError("causal_loss got neither labels nor shift_labels: put `labels` into the batch")
-        shift_labels = _next_token(labels, ignore_index)
-    flat_logits = logits.float().reshape(-1, vocab_size)
-    targets = shift_labels.reshape(-1).to(logits.device)
+        shift_labels = next_token(labels, ignore_index)
+    targets = shift_labels.to(logits.device)
     if loss_weights is None:
-        return _plain_loss(flat_logits, targets, num_items_in_batch, ignore_index)
+        return _plain_loss(
+            logits.float().reshape(-1, vocab_size), targets.reshape(-1), num_items_in_batch, ignore_index
+        )
     if loss_weights.shape != shift_labels.shape:
         raise ValueError(
-            f"loss_weights {_shape(loss_weights)} and labels {_shape(shift_labels)} must have one shape: "
+            f"loss_weights {shape_of(loss_weights)} and labels {shape_of(shift_labels)} must have one shape: "
             "batch them together, with PearCollator"
         )
-    nll = F.cross_entropy(flat_logits, targets, ignore_index=ignore_index, reduction="none")
+    logprobs = token_logprobs(logits, targets, vocab_size, ignore_index)
     scored = targets != ignore_index
     denom = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return weighted_nll(-nll, _next_token(loss_weights, 0.0).reshape(-1), scored, denom=denom)
+    return weighted_nll(logprobs, next_token(loss_weights, 0.0), scored, denom=denom)
+
+
+def token_logprobs(
+    logits: Tensor, targets: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """Log-probs of `targets` [B, L] under `logits` [B, L, vocab_size]: float32 [B, L], 0 where ignored."""
+    nll = F.cross_entropy(
+        logits.float().reshape(-1, vocab_size),
+        targets.reshape(-1),
+        ignore_index=ignore_index,
+        reduction="none",
+    )
+    return -nll.view(targets.shape)
 
 
 def _plain_loss(
-    flat_logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int
+    flat_logits: Tensor, targets: Tensor, num_items_in_batch: Tensor | float | None, ignore_index: int
 ) -> Tensor:
     if num_items_in_batch is None:
         return F.cross_entropy(flat_logits, targets, ignore_index=ignore_index)
@@ -85,12 +101,3 @@ def _plain_loss(
     if isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
     return total / num_items_in_batch
-
-
-def _next_token(values: Tensor, fill: float) -> Tensor:
-    """Move values from their token's own index to the index of the logits that predict it."""
-    return F.pad(values, (0, 1), value=fill)[..., 1:]
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)

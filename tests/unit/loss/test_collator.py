@@ -153,3 +153,73 @@ def test_a_missing_column_is_named_with_the_remedy(column: str) -> None:
         ValueError, match=rf"row 1 of the batch has no {column}: .*remove_unused_columns=False"
     ):
         PearCollator(PAD)([ROWS[0], row])
+
+
+LIVE = [{**row, "behavior_logprobs": [-0.5 * t for t in range(len(row["labels"]))]} for row in ROWS]
+PACK = {
+    name: LIVE[0][name] + LIVE[1][name]
+    for name in ("input_ids", "labels", "loss_weights", "behavior_logprobs")
+} | {"position_ids": [0, 1, 2, 0, 1, 2, 3, 4], "seq_lengths": [3, 5], "sample_ids": ["a", "b"]}
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_behavior_logprobs_come_along(padding_free: bool) -> None:
+    batch = PearCollator(PAD, padding_free, pad_to_multiple_of=6)(LIVE)
+    bare = PearCollator(PAD, padding_free, pad_to_multiple_of=6)(ROWS)
+    found = batch.pop("behavior_logprobs")
+    assert found.dtype == torch.float32
+    if padding_free:
+        assert found.tolist() == [[0, -0.5, -1, 0, -0.5, -1, -1.5, -2, 0, 0, 0, 0]]
+    else:
+        assert found.tolist() == [[0, -0.5, -1, 0, 0, 0], [0, -0.5, -1, -1.5, -2, 0]]
+    assert batch.keys() == bare.keys()
+    with pytest.raises(ValueError, match="sample 'b' has no behavior_logprobs"):
+        PearCollator(PAD, padding_free)([LIVE[0], ROWS[1]])
+
+
+def test_behavior_logprobs_are_finite_where_a_label_is_scored() -> None:
+    def with_first(value: float, index: int) -> dict[str, Any]:
+        values = list(LIVE[0]["behavior_logprobs"])
+        values[index] = value
+        return {**LIVE[0], "behavior_logprobs": values}
+
+    PearCollator(PAD)([with_first(float("nan"), 0)])
+    with pytest.raises(ValueError, match="'a' has non-finite behavior_logprobs"):
+        PearCollator(PAD)([with_first(float("-inf"), 1)])
+
+
+@pytest.mark.parametrize("convert", [list, np.asarray, torch.tensor], ids=["lists", "numpy", "torch"])
+def test_packs_are_laid_out_as_their_samples(convert: Any) -> None:
+    names = ("input_ids", "labels", "loss_weights", "behavior_logprobs", "seq_lengths")
+    pack = PACK | {name: convert(PACK[name]) for name in names}
+    apart = PearCollator(PAD, padding_free=True)([*LIVE, LIVE[0]])
+    packed = PearCollator(PAD, padding_free=True)([pack, LIVE[0]])
+    assert packed.keys() == apart.keys()
+    for name, column in apart.items():
+        assert torch.equal(torch.as_tensor(packed[name]), torch.as_tensor(column))
+
+
+@pytest.mark.parametrize(
+    ("change", "padding_free", "message"),
+    [
+        ({}, False, "pack 0 of the batch would attend across its samples: .*padding_free=True"),
+        ({"seq_lengths": [3, 4]}, True, "pack 0 of the batch has columns of another length"),
+        ({"loss_weights": [0.0] * 7 + [float("nan")]}, True, "sample 'b' has non-finite loss_weights"),
+        ({"labels": [-100] * 8}, True, "sample 'a' has loss_weights where labels are -100"),
+    ],
+)
+def test_unusable_packs_are_named(change: dict[str, Any], padding_free: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PearCollator(PAD, padding_free)([PACK | change])
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_rows_without_weights_where_none_are_required(padding_free: bool) -> None:
+    collator = PearCollator(PAD, padding_free, pad_to_multiple_of=6, require_weights=False)
+    batch = collator(ROWS)
+    del batch["loss_weights"]
+    bare = collator([without(row, "loss_weights") for row in ROWS])
+    assert bare.keys() == batch.keys()
+    assert torch.equal(bare["labels"], batch["labels"])
+    with pytest.raises(ValueError, match="sample 'b' has no loss_weights"):
+        collator([ROWS[0], without(ROWS[1], "loss_weights")])

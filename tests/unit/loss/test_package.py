@@ -9,7 +9,18 @@ import pear_data.loss
 
 
 def test_exports() -> None:
-    assert sorted(pear_data.loss.__all__) == ["PearCollator", "attach", "causal_loss", "weighted_nll"]
+    assert sorted(pear_data.loss.__all__) == [
+        "LivePear",
+        "LiveWeightsOfRows",
+        "PearCollator",
+        "attach",
+        "causal_loss",
+        "denominator",
+        "linear_logprobs",
+        "linear_weighted_nll",
+        "live_weights",
+        "weighted_nll",
+    ]
     assert all(callable(getattr(pear_data.loss, name)) for name in pear_data.loss.__all__)
 
 
