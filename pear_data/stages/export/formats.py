@@ -34,6 +34,7 @@ class Format:
     advice        what to do next, for the screen
     admitted      the samples it can hold as they are, and how many it cannot, by reason; raises PearError where it
                   would drop or cast a value
+    flags         what its trainer must be given, or the weights are lost
     group_tokens  tokens that are written at once, which bounds memory
     """
 
@@ -44,6 +45,7 @@ class Format:
     advice: str
     admitted: Callable[[Rows], tuple[Rows, Counter[str]]] = lambda rows: (rows, Counter())
     needs_record: bool = False
+    flags: str | None = None
     group_tokens: int = GROUP_TOKENS
 
 

@@ -48,6 +48,7 @@ class ExportManifest(_Entry):
     created_by: str
     alignment: str = Field(description="Which token a weight multiplies.")
     normaliser: str = Field(description="The loss that its trainer makes of the weights.")
+    flags: str | None = Field(None, description="What its trainer must be given, or the weights are lost.")
     tokenizer: str
     tokenizer_fingerprint: str
     template_fingerprint: str

@@ -42,6 +42,7 @@ def swift_format(store: Store) -> Format:
         opener(lambda rows: table_lines(_table(rows, len(tokens.lead)))),
         f"ms-swift drops every weight without a word unless it gets: {FLAGS} (pear_data/hooks/ms-swift.md)",
         admitted=lambda rows: _admitted(rows, tokens),
+        flags=FLAGS,
     )
 
 

@@ -44,6 +44,7 @@ def manifest_of(
         created_by=f"pear-data {__version__}",
         alignment=form.alignment,
         normaliser=form.normaliser,
+        flags=form.flags,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         template_fingerprint=tokenizer.template_fingerprint,
