@@ -136,9 +136,7 @@ def test_the_export_names_the_flags_of_the_page(page: tuple[Path, list[str]]) ->
     assert json.loads((folder / "weighted" / "pear_export.json").read_text())["flags"] == FLAGS
 
 
-def test_two_ranks(
-    swift: OwnEnvironment, page: tuple[Path, list[str]], expected: dict[str, Tensor]
-) -> None:
+def test_two_ranks(swift: OwnEnvironment, page: tuple[Path, list[str]], expected: dict[str, Tensor]) -> None:
     folder, arguments = page
     ranks = "--per_device_train_batch_size 4 --use_cpu true --ddp_backend gloo --output_dir ranks"
     (folder / "ranks.json").write_text(json.dumps({"ranks": [*arguments, *ranks.split()]}))
