@@ -6,11 +6,14 @@ that stay in the processor's cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+WeightsOfNll = Callable[[slice, Tensor], Tensor]
 
 # What a core's own cache holds. Smaller pieces are no faster, and wait more often for a core that is busy elsewhere.
 _CACHE_BYTES_A_THREAD = 2 << 20
@@ -29,30 +32,51 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class RowGradients:
-    """`nll` [n], and what the rows that `outputs` became must still be multiplied by: `factor` [n], or nothing.
+    """`nll` and `weights` [n], and what the rows that `outputs` became must still be multiplied by: `factor` [n], or
+    nothing.
 
     In float32, or float64 for float64. Factors are taken to the rows of smaller matrices, which saves a pass over the
     logits; in 16 bits they would round those once more.
     """
 
     nll: Tensor
+    weights: Tensor
     factor: Tensor | None
 
 
-def gradients_in_place(outputs: Tensor, targets: Tensor, head: Head, weights: Tensor) -> RowGradients:
+def gradients_in_place(
+    outputs: Tensor, targets: Tensor, head: Head, weights: Tensor | WeightsOfNll
+) -> RowGradients:
     """`outputs` [n, V] of `hidden @ weight.T` become the gradients by them of the sum of `weights` [n] * nll.
 
-    `weights` have the dtype of the statistics.
+    `weights` have the dtype of the statistics. Where they rest on the log-probs, `weights(rows, nll)` is asked for
+    them: for one slice of the rows or for several, from the last to the first.
     """
     if _in_triton(outputs):
-        from pear_data.loss.epilogue_triton import gradients_in_place as in_one_kernel
+        return _in_one_kernel(outputs, targets, head, weights)
+    nll = torch.empty(len(outputs), dtype=statistics_dtype(outputs.dtype), device=outputs.device)
+    used, factor = torch.empty_like(nll), torch.empty_like(nll)
+    for rows in reversed(_blocks(outputs, nll.dtype)):
+        values = outputs[rows].to(nll.dtype)
+        nll[rows], sums = _slopes(values, targets[rows], head)
+        used[rows] = weights[rows] if isinstance(weights, Tensor) else weights(rows, nll[rows])
+        torch.div(used[rows], sums / head.logit_scale, out=factor[rows])
+        if values.dtype != outputs.dtype:
+            torch.mul(values, factor[rows, None], out=outputs[rows])
+    return RowGradients(nll, used, factor if outputs.dtype == factor.dtype else None)
 
-        return RowGradients(in_one_kernel(outputs, targets, head, weights), None)
-    nll = torch.empty(len(outputs), dtype=weights.dtype, device=outputs.device)
-    factor = weights * head.logit_scale
-    for rows in _blocks(outputs, nll.dtype):
-        nll[rows] = _gradients_of_block(outputs[rows], targets[rows], head, factor[rows])
-    return RowGradients(nll, factor if outputs.dtype == factor.dtype else None)
+
+def _in_one_kernel(
+    outputs: Tensor, targets: Tensor, head: Head, weights: Tensor | WeightsOfNll
+) -> RowGradients:
+    """Weights that rest on the log-probs take the part of it that makes these beforehand."""
+    from pear_data.loss import epilogue_triton
+
+    if not isinstance(weights, Tensor):
+        rows = slice(0, len(outputs))
+        weights = weights(rows, epilogue_triton.negative_logprobs(outputs, targets, head))
+    nll = epilogue_triton.gradients_in_place(outputs, targets, head, weights)
+    return RowGradients(nll, weights, None)
 
 
 def negative_logprobs(outputs: Tensor, targets: Tensor, head: Head) -> Tensor:
@@ -72,18 +96,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _gradients_of_block(outputs: Tensor, targets: Tensor, head: Head, factor: Tensor) -> Tensor:
-    """Negative log-probs; `factor` becomes what is left to multiply the rows by."""
-    values = _logits(outputs.to(factor.dtype), head)
+def _slopes(outputs: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+    """Negative log-probs [n] and sums [n]: divided by these, `outputs` became the slopes of nll by scaled outputs."""
+    values = _logits(outputs, head)
     slope = None if head.softcap is None else 1 - (values / head.softcap).square_()
     nll, sums = _exponentials(values, targets)
     values.scatter_add_(1, targets[:, None], -sums[:, None])
     if slope is not None:
         values.mul_(slope)
-    factor.div_(sums)
-    if values.dtype != outputs.dtype:
-        torch.mul(values, factor[:, None], out=outputs)
-    return nll
+    return nll, sums
 
 
 def _logits(outputs: Tensor, head: Head) -> Tensor:

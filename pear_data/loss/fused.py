@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pear_data.loss.epilogue import Head, gradients_in_place, negative_logprobs, statistics_dtype
+from pear_data.loss.epilogue import (
+    Head,
+    WeightsOfNll,
+    gradients_in_place,
+    negative_logprobs,
+    statistics_dtype,
+)
 from pear_data.loss.fused_gradients import GradientSums
 
 WeightsOfRows = Callable[[Tensor, Tensor], Tensor]
@@ -139,22 +145,19 @@ class _LinearWeightedNLL(torch.autograd.Function):
         before = 1.0 if layer.weight.dtype == torch.float16 else denom
         with torch.autocast(hidden.device.type, enabled=False):
             for chunk, states, outputs in _outputs(hidden, layer.weight, chunks):
-                if isinstance(weights, Tensor):
-                    of_rows = weights[chunk].to(total.dtype)
+                weigh = _weights_of_chunk(weights, chunk, before, total.dtype)
+                if sums is not None:
+                    known = gradients_in_place(outputs, targets[chunk], layer, weigh)
+                    nll, of_rows = known.nll, known.weights
+                    sums.add(chunk, states, outputs, known.factor)
                 else:
                     nll = negative_logprobs(outputs, targets[chunk], layer)
-                    of_rows = weights(chunk, -nll).to(total.dtype)
-                if sums is not None:
-                    known = gradients_in_place(outputs, targets[chunk], layer, of_rows / before)
-                    nll = known.nll
-                    sums.add(chunk, states, outputs, known.factor)
-                elif isinstance(weights, Tensor):
-                    nll = negative_logprobs(outputs, targets[chunk], layer)
+                    of_rows = weigh if isinstance(weigh, Tensor) else weigh(slice(0, len(chunk)), nll)
                 total += (of_rows * nll).sum()
-        ctx.gradients = sums
-        ctx.after = denom if layer.weight.dtype == torch.float16 else 1.0
+        after = denom if layer.weight.dtype == torch.float16 else 1.0
+        ctx.gradients, ctx.after = sums, after
         ctx.dtypes = [hidden.dtype, head.dtype, None if bias is None else bias.dtype]
-        return total / denom
+        return total / after
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -178,6 +181,20 @@ def _chunks(weight: Tensor, rows: Tensor, chunk_rows: int | None) -> tuple[Tenso
         even = math.ceil(len(rows) / math.ceil(len(rows) / size))
         size = min(size, math.ceil(even / _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE)
     return torch.split(rows, size)
+
+
+def _weights_of_chunk(
+    weights: Tensor | WeightsOfRows, chunk: Tensor, before: Tensor | float, dtype: torch.dtype
+) -> Tensor | WeightsOfNll:
+    """By `before`, in `dtype`."""
+    if isinstance(weights, Tensor):
+        return weights[chunk].to(dtype) / before
+
+    def of_nll(rows: slice, nll: Tensor) -> Tensor:
+        of_rows: Tensor = weights(chunk[rows], -nll).to(dtype) / before
+        return of_rows
+
+    return of_nll
 
 
 def _outputs(
