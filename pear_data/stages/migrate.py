@@ -31,7 +31,7 @@ from pear_data.store.commit import (
     sync_folder,
     write_atomically,
 )
-from pear_data.store.manifest import CORPUS, MANIFEST_NAME, Manifest, Shard, read_manifest
+from pear_data.store.manifest import CORPUS, MANIFEST_NAME, Manifest, Shard, read_manifest, sealed
 from pear_data.store.shards import summary_path, summary_shard
 
 _BESIDE = f"migration{TEMP_SUFFIX}"
@@ -117,7 +117,7 @@ def _set_manifest_aside(store: Store) -> None:
     copy = store.path / ASIDE / MANIFEST_NAME
     # A killed run's copy names the files where they were before it.
     if not copy.exists():
-        write_atomically(copy, store.manifest.model_dump_json(indent=1) + "\n")
+        write_atomically(copy, sealed(store.manifest))
 
 
 def _replace(store: Store, new: Manifest) -> None:

@@ -126,11 +126,12 @@ def _refused(final: Path, error: OSError) -> PearError:
 
 def _space(final: Path) -> str:
     """What was written of a file when space ran out, and what is left."""
+    folder = next(parent for parent in final.absolute().parents if parent.is_dir())
     try:
-        beside = (path for path in final.parent.iterdir() if path.name.startswith(f"{final.name}."))
+        beside = (path for path in folder.iterdir() if path.name.startswith(f"{final.name}."))
         written = sum(path.stat().st_size for path in beside if path.suffix == TEMP_SUFFIX)
-        free = shutil.disk_usage(final.parent).free
-    except OSError:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # other threads take theirs away
         return ""
     return f" ({written:,} bytes of it were written, {free:,} are free there)"
 

@@ -111,6 +111,9 @@ class Manifest(_Entry):
     stages: dict[str, Stage] = Field(
         default_factory=dict, description="Keys: corpus, scores/<policy>, weights/<name>."
     )
+    sha256: str | None = Field(
+        default=None, description="Of the text before this line, the last; earlier stores have none."
+    )
 
     @property
     def files(self) -> list[FileEntry]:
@@ -150,12 +153,22 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def sealed(manifest: Manifest) -> str:
+    """The text of `manifest.json`: its own checksum ends it, so that a change of any bit is found."""
+    text = manifest.model_dump_json(indent=1, exclude={"sha256"}).removesuffix("\n}")
+    return f"{text}{_seal(text)}"
+
+
+def _seal(text: str) -> str:
+    return f',\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read `folder/manifest.json`.
 
     Raises:
         PearError: there is none, or it was written by a newer pear-data.
-        MismatchError: it does not parse as a manifest, or a stage's settings were changed.
+        MismatchError: it does not parse as a manifest, or was changed.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -180,4 +193,7 @@ def read_manifest(folder: Path) -> Manifest:
             raise MismatchError(
                 f"{path} is damaged: the settings of {key} are not those of its fingerprint; restore it from a copy"
             )
+    sealed_text = text.rpartition(',\n "sha256": "')[0]
+    if manifest.sha256 is not None and text != f"{sealed_text}{_seal(sealed_text)}":
+        raise MismatchError(f"{path} is damaged: it does not match its own sha256; restore it from a copy")
     return manifest

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 from pear_data import __version__
 from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.schema import FORMAT_VERSION
-from pear_data.store.commit import sha256_of, sweep_leftovers, write_atomically
-from pear_data.store.lock import exclusive
+from pear_data.store.commit import TEMP_SUFFIX, sha256_of, sweep_leftovers, write_atomically
+from pear_data.store.lock import LOCK_NAME, exclusive
 from pear_data.store.manifest import (
     CORPUS,
     MANIFEST_NAME,
@@ -25,6 +25,7 @@ from pear_data.store.manifest import (
     differing_fields,
     fingerprint,
     read_manifest,
+    sealed,
 )
 from pear_data.store.reading import is_refusal, reading, refused
 
@@ -194,7 +195,7 @@ class Store:
 
     def save(self) -> None:
         """Write the manifest, atomically."""
-        write_atomically(self.path / MANIFEST_NAME, self.manifest.model_dump_json(indent=1) + "\n")
+        write_atomically(self.path / MANIFEST_NAME, sealed(self.manifest))
 
     def _dataset(self, key: str) -> ds.Dataset:
         import pyarrow.dataset as ds
@@ -213,6 +214,11 @@ def open_store(path: str | Path) -> Store:
     return Store(folder, read_manifest(folder))
 
 
+def _is_beginning(name: str) -> bool:
+    """Whether a file may be of a store whose maker was killed before there was a manifest."""
+    return name == LOCK_NAME or (name.startswith(f"{MANIFEST_NAME}.") and name.endswith(TEMP_SUFFIX))
+
+
 @contextlib.contextmanager
 def writable_store(path: str | Path, *, create: bool = False, any_version: bool = False) -> Iterator[Store]:
     """Open a store as its only writer, sweeping what a killed writer left.
@@ -228,7 +234,7 @@ def writable_store(path: str | Path, *, create: bool = False, any_version: bool 
             read_manifest(folder)
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is not a folder: choose another --store")
-        if folder.is_dir() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        if folder.is_dir() and not all(_is_beginning(entry.name) for entry in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and is no store: choose another --store")
     with exclusive(folder):
         sweep_leftovers(folder)

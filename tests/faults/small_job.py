@@ -1,0 +1,151 @@
+"""The whole job on a corpus of a few samples: every step by itself, and all that it leaves on the disk."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pear_data import open_store
+from pear_data.config import ExportSettings, IngestSettings, ScoreSettings, WeightSettings
+from pear_data.demo import asset
+from pear_data.progress import Silent
+from pear_data.runners.base import Scored
+from pear_data.stages.export import export
+from pear_data.stages.ingest import ingest
+from pear_data.stages.score import score, score_policy
+from pear_data.stages.sources import engine_source
+from pear_data.stages.verify import verify
+from pear_data.stages.weight import weight
+from pear_data.store import writable_store
+
+SAMPLES = 6
+SHARD_TOKENS = 1000
+STORE, OUT, CORPUS = "store", "out", "corpus.jsonl"
+
+
+def rows(samples: int, seed: int = 0) -> list[str]:
+    """JSON lines of token ids with the log-probs of two policies; the third cannot be read, one is a negative."""
+    random = np.random.default_rng(seed)
+    lines = []
+    for number in range(samples):
+        length = 340 + number  # three make a shard
+        mask = [position >= 300 for position in range(length)]
+        behavior = -random.exponential(0.5, sum(mask))
+        lines.append(
+            json.dumps(
+                {
+                    "id": f"s{number}",
+                    "source": "even" if number % 2 == 0 else "odd",
+                    "label": -1 if number == 4 else 1,
+                    "input_ids": random.integers(10, 60, length).tolist(),
+                    "loss_mask": mask,
+                    "initial": np.minimum(behavior + random.normal(0, 0.2, len(behavior)), 0).tolist(),
+                    "behavior": behavior.tolist(),
+                }
+            )
+        )
+    return [*lines[:2], "{not JSON", *lines[2:]]
+
+
+def corpus_settings(folder: Path) -> IngestSettings:
+    return IngestSettings(
+        corpus=[str(folder / CORPUS)],
+        tokenizer=str(asset("initial")),
+        id_field="id",
+        source_field="source",
+        label_field="label",
+        shard_tokens=SHARD_TOKENS,
+    )
+
+
+def ingested(folder: Path) -> None:
+    with writable_store(folder / STORE, create=True) as store:
+        ingest(store, corpus_settings(folder), Silent())
+
+
+def recorded(policy: str) -> Callable[[Path], None]:
+    def scored(folder: Path) -> None:
+        with writable_store(folder / STORE) as store:
+            score_policy(store, ScoreSettings(policy=policy, from_field=policy), Silent())
+
+    return scored
+
+
+def modelled(folder: Path) -> None:
+    """Scores with the bundled model, which stays loaded."""
+    with writable_store(folder / STORE) as store:
+        settings = ScoreSettings(policy="model", model=str(asset("initial")), engine="transformers")
+        score(store, settings, engine_source(in_process(), None), Silent())
+
+
+def weighted(folder: Path) -> None:
+    with writable_store(folder / STORE) as store:
+        weight(store, WeightSettings(), Silent())
+
+
+def exported(folder: Path) -> None:
+    settings = ExportSettings(out=str(folder / OUT), shard_tokens=SHARD_TOKENS, eval_fraction=0.3)
+    export(open_store(folder / STORE), settings, Silent())
+
+
+Step = Callable[[Path], None]
+STEPS: dict[str, Step] = {
+    "ingest": ingested,
+    "score initial": recorded("initial"),
+    "score behavior": recorded("behavior"),
+    "weight": weighted,
+    "export": exported,
+    "score with a model": modelled,
+}
+
+
+def make_states(folder: Path) -> dict[str, Path]:
+    """Run the job once; what it is before each step, by the step, and at the end, by ""."""
+    states = {}
+    at = folder / "0"
+    at.mkdir(parents=True)
+    (at / CORPUS).write_text("\n".join(rows(SAMPLES)) + "\n")
+    for number, (name, step) in enumerate(STEPS.items(), 1):
+        states[name] = at
+        at = Path(shutil.copytree(at, folder / str(number)))
+        step(at)
+    states[""] = at
+    return states
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a job but locks and logs."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in files
+        if path.name != ".lock" and path.parent.name != "logs"
+    }
+
+
+def assert_sound(folder: Path) -> None:
+    """What the manifest says is there is there, whole; verify raises where it is not."""
+    if (folder / STORE / "manifest.json").exists():
+        verify(open_store(folder / STORE), Silent())
+
+
+class InProcess:
+    """The bundled model as a scorer in this process, so that it need not be started again after every fault."""
+
+    def __init__(self):
+        from pear_data.engines.transformers_engine import TransformersEngine
+
+        self._engine = TransformersEngine(str(asset("initial")))
+        self.batch_tokens, self.max_length = self._engine.batch_tokens, self._engine.max_length
+        self.identity = self._engine.identity
+
+    def score(self, batch, on_tokens):
+        return Scored(self._engine.score(batch, on_tokens), {})
+
+
+in_process = functools.cache(InProcess)
