@@ -172,13 +172,13 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise PearError(f"no store at {folder}: make one with `pear-data score CORPUS --model M`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise PearError(f"cannot read {path} ({reason}): name the folder of a store with --store") from None
+    except OSError as error:
+        raise PearError(f"cannot read {path} ({error.strerror}): name the folder of a store with --store") from None
     try:
+        text = raw.decode()
         version = json.loads(text)["format_version"]
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise PearError(

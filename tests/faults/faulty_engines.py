@@ -71,6 +71,8 @@ class Faulty:
             self.happen(self.trouble.get(sample_id, ""))
         on_tokens(int(batch.offsets[-1]) - 1)
         found = logprobs_of(batch)
+        if "long" in self.trouble:
+            return np.append(found, -1)
         return found[:-1] if "short" in self.trouble else found
 
     def close(self): ...

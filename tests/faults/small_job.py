@@ -24,17 +24,18 @@ from pear_data.stages.weight import weight
 from pear_data.store import writable_store
 
 SAMPLES = 6
-SHARD_TOKENS = 1000
+SHARD_TOKENS = 1000  # three samples
+PROMPT = 300
 STORE, OUT, CORPUS = "store", "out", "corpus.jsonl"
 
 
-def rows(samples: int, seed: int = 0) -> list[str]:
+def rows(samples: int, prompt: int = PROMPT) -> list[str]:
     """JSON lines of token ids with the log-probs of two policies; the third cannot be read, one is a negative."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     lines = []
     for number in range(samples):
-        length = 340 + number  # three make a shard
-        mask = [position >= 300 for position in range(length)]
+        length = prompt + 40 + number % 100
+        mask = [position >= prompt for position in range(length)]
         behavior = -random.exponential(0.5, sum(mask))
         lines.append(
             json.dumps(
@@ -104,12 +105,24 @@ STEPS: dict[str, Step] = {
 }
 
 
+def whole_job(folder: Path) -> None:
+    """Every step that needs no model, one after the other."""
+    for step in STEPS.values():
+        if step is not modelled:
+            step(folder)
+
+
+def write_corpus(folder: Path, samples: int, prompt: int = PROMPT) -> Path:
+    """Make `folder` with nothing but a corpus in it."""
+    folder.mkdir(parents=True)
+    (folder / CORPUS).write_text("\n".join(rows(samples, prompt)) + "\n")
+    return folder
+
+
 def make_states(folder: Path) -> dict[str, Path]:
     """Run the job once; what it is before each step, by the step, and at the end, by ""."""
     states = {}
-    at = folder / "0"
-    at.mkdir(parents=True)
-    (at / CORPUS).write_text("\n".join(rows(SAMPLES)) + "\n")
+    at = write_corpus(folder / "0", SAMPLES)
     for number, (name, step) in enumerate(STEPS.items(), 1):
         states[name] = at
         at = Path(shutil.copytree(at, folder / str(number)))

@@ -119,10 +119,13 @@ def test_our_errors_pass_as_they_are(tmp_path):
     assert len(opened(tmp_path)) == 1
 
 
-def test_too_few_values_are_refused(tmp_path):
+@pytest.mark.parametrize(("trouble", "given"), [("short", 19), ("long", 21)])
+def test_a_wrong_number_of_values_is_refused(tmp_path, trouble, given):
     with (
-        supervised(Faulty(tmp_path, {"short": ""})) as scorer,
-        pytest.raises(PearError, match=r"faulty gave 19 log-probs for 20 scored tokens from sample s0 on"),
+        supervised(Faulty(tmp_path, {trouble: ""})) as scorer,
+        pytest.raises(
+            PearError, match=rf"faulty gave {given} log-probs for 20 scored tokens from sample s0 on"
+        ),
     ):
         scorer.score(batch_of(5), lambda count: None)
 

@@ -15,6 +15,8 @@ from pear_data.errors import PearError
 
 # Scoring with a model takes the same way to the disk as recorded log-probs do; it is slower.
 STRIDES = {name: 10 if name == "score with a model" else 1 for name in STEPS}
+# What is left behind by a kill differs little from one operation to the next: campaign.py tries each.
+KILL_STRIDE = 3
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +42,20 @@ def fail_every(states, step, folder, stride=1):
     wanted = after(states, step)
     for number in itertools.count(1, stride):
         work = shutil.copytree(states[step], folder / str(number))
+        refusal = None
         with fail_at(number) as operations:
             try:
                 STEPS[step](work)
             except PearError as error:
-                assert error.exit_code == 1
-                lines = str(error)
-                assert lines.startswith(f"cannot write {operations[-1][1]}: {os.strerror(errno.ENOSPC)} (")
-                assert "free space or choose another place, then run the same command again" in lines
-                assert "\n" not in lines
-            else:
-                assert len(operations) < number
-                assert content(work) == wanted
-                return number - 1
+                refusal = error
+        if refusal is None:
+            assert len(operations) < number
+            assert content(work) == wanted
+            return number - 1
+        assert refusal.exit_code == 1
+        assert str(refusal).startswith(f"cannot write {operations[-1][1]}: {os.strerror(errno.ENOSPC)} (")
+        assert str(refusal).endswith("free space or choose another place, then run the same command again")
+        assert "\n" not in str(refusal)
         assert not [path for path in work.rglob("*") if path.suffix == ".tmp"]
         assert_redone(work, step, wanted)
         shutil.rmtree(work)
@@ -78,4 +81,4 @@ def test_every_operation_fails_once(states, tmp_path, step):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_the_job_is_killed_before_every_operation(states, tmp_path, step):
-    assert kill_every(states, step, tmp_path, STRIDES[step]) > 20
+    assert kill_every(states, step, tmp_path, STRIDES[step] * KILL_STRIDE) > 20
