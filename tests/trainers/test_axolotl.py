@@ -57,6 +57,7 @@ REQUIREMENTS = [
     "distro==1.9.0",
     "fastcore==2.2.39",
     "six==1.17.0",
+    "platformdirs==4.14.9",
 ]
 ONE_STEP: dict[str, Any] = {
     "optimizer": "sgd",
