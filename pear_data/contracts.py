@@ -49,6 +49,7 @@ PLACES = {
     "weight_summary": "STORE/summary/weights/NAME/part-NNNNN.parquet",
     "weight_totals": "STORE/summary/weights/NAME/part-NNNNN.totals.parquet",
     "quarantine": "STORE/quarantine/corpus-part-NNNNN.parquet",
+    "mended": "STORE/quarantine/mended-part-NNNNN.parquet",
     "vocabulary": "STORE/tokenizer/vocabulary.parquet",
     "export_hf": "OUT/train-NNNNN.parquet",
     "export_packed": "PACKED_OUT/train-NNNNN.parquet",

@@ -142,6 +142,9 @@ QUARANTINE = pa.schema(
     ]
 )
 
+# Which quarantined rows of a corpus are, mended, in a later shard of it.
+MENDED = pa.schema([_required("input", pa.string()), _required("row", pa.int64())])
+
 VOCABULARY = pa.schema([_required("token_id", pa.int32()), _required("token", pa.string())])
 
 EXPORT_HF = pa.schema(
@@ -186,6 +189,7 @@ ARTEFACTS: dict[str, pa.Schema] = {
     "weight_summary": WEIGHT_SUMMARY,
     "weight_totals": WEIGHT_TOTALS,
     "quarantine": QUARANTINE,
+    "mended": MENDED,
     "vocabulary": VOCABULARY,
     "export_hf": EXPORT_HF,
     "export_packed": EXPORT_PACKED,

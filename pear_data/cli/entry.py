@@ -29,6 +29,7 @@ COMMANDS = (
     "report",
     "export",
     "verify",
+    "quarantine",
     "migrate",
     "run",
 )

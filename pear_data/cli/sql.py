@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
 
 import click
 
 from pear_data.cli.options import common_options
-from pear_data.errors import UsageError
-
-if TYPE_CHECKING:
-    from pear_data.stages.sql import Format
-
-FORMATS = ("table", "json", "jsonl", "csv", "parquet")
+from pear_data.cli.rows_out import rows_options, write_out
 
 
 @click.command("sql", short_help="Query the store with SQL.")
 @click.argument("query")
-@click.option(
-    "--format",
-    "chosen",
-    type=click.Choice(FORMATS),
-    envvar="PEAR_SQL_FORMAT",
-    help="Default: what --output's name ends in, else a table on a terminal and JSON lines in a pipe.",
-)
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write.")
+@rows_options("PEAR_SQL_FORMAT")
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True, help="Seconds."
 )
@@ -54,31 +41,13 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
       pear-data sql "describe tokens"
       pear-data sql "from samples" -o samples.parquet
     """
-    from pear_data.cli.terminal import PrintableSink
     from pear_data.stages.sql import write_query
     from pear_data.store import open_store
-    from pear_data.store.commit import atomic_path, operation
 
-    stdout = sys.stdout.buffer
-    form = cast("Format", chosen or _default_format(output, stdout.isatty()))
-    if form == "parquet" and output is None and stdout.isatty():
-        raise UsageError("Parquet is not for a terminal: give -o FILE")
     text = sys.stdin.read() if query == "-" else query
     opened = open_store(store)
-    if output is None:
-        raw = stdout.isatty() and form != "table"
-        sink = cast("BinaryIO", PrintableSink(stdout)) if raw else stdout
-        note = write_query(opened, text, form, sink, timeout=timeout)
-        stdout.flush()
-    else:
-        with atomic_path(output) as temporary, operation("write", output), temporary.open("wb") as file:
-            note = write_query(opened, text, form, file, timeout=timeout)
+    note = write_out(
+        chosen, output, lambda form, sink: write_query(opened, text, form, sink, timeout=timeout)
+    )
     if note:
         click.echo(note, err=True)
-
-
-def _default_format(output: Path | None, terminal: bool) -> str:
-    if output is None:
-        return "table" if terminal else "jsonl"
-    suffix = output.suffix.removeprefix(".")
-    return suffix if suffix in FORMATS else "jsonl"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 
 from pear_data.config import IngestSettings
+from pear_data.corpus.bounded_memory import DECODING_BYTES
 from pear_data.corpus.inputs import Input
 from pear_data.corpus.layouts import LAYOUTS, Content, Fields, Layout, Tokens, pair_layout, recognised
 from pear_data.corpus.lines import read_lines
@@ -27,12 +29,16 @@ _HEAD = 1000  # readable rows among which one must fit a layout
 class Example:
     """A row in the common form, before it is tokenized. `record` is the row as JSON."""
 
-    number: int
+    row: Row
     sample_id: str
     source: str
     label: int
     content: Content
     record: str
+
+    @property
+    def number(self) -> int:
+        return self.row.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,14 @@ class Plan:
     unread_label: bool
     settings: IngestSettings
     vocabulary_size: int  # one more than the largest token id
+
+    def recognised(self) -> dict[str, str | None]:
+        """What `stored_plan` makes the plan from again."""
+        return {
+            "layout": self.layout.name if self.layout else None,
+            "id_field": self.id_field,
+            "source": self.input.source,
+        }
 
     def describe(self) -> str:
         """What was recognised, in a few words."""
@@ -72,10 +86,14 @@ class Plan:
             if isinstance(row, Rejected):
                 yield row
                 continue
-            try:
-                yield self._example(row)
-            except SampleError as error:
-                yield rejected(row.number, str(error), row.as_json().encode())
+            yield self.example(row)
+
+    def example(self, row: Row) -> Example | Rejected:
+        """What becomes of one row."""
+        try:
+            return self._example(row)
+        except SampleError as error:
+            return rejected(row.number, str(error), row.raw())
 
     def _example(self, row: Row) -> Example:
         assert self.layout is not None, "a row became readable after the plan was made"
@@ -84,7 +102,7 @@ class Plan:
             self._check_ids(content)
         label = self.settings.label_field
         return Example(
-            row.number,
+            row,
             self._sample_id(row),
             self._source(row),
             _label(row.fields, label) if label else 1,
@@ -123,21 +141,44 @@ def plan_input(source: Input, settings: IngestSettings, vocabulary_size: int) ->
         UsageError: none of its first readable rows does.
         PearError: the file is damaged.
     """
-    asked = [settings.source_field, settings.label_field]
-    asked += [] if settings.id_field == ROW_IDS else [settings.id_field]
     first: Row | None = None
     readable = (row for row in rows_of(source, 0) if isinstance(row, Row))
     for row in itertools.islice(readable, _HEAD):
         first = first or row
-        layouts = _layouts(row.fields, settings)
-        if layouts and all(row.fields.get(name) is not None for name in asked if name):
-            names = tuple(layout.name for layout in layouts[1:])
-            id_field = _id_field(row.fields, settings)
-            unread_label = settings.label_field is None and LABEL_FIELD in row.fields
-            return Plan(source, layouts[0], names, id_field, unread_label, settings, vocabulary_size)
+        plan = _plan(source, row, settings, vocabulary_size)
+        if plan is not None:
+            return plan
     if first is not None:
         raise UsageError(_nothing_fits(source, first, settings))
     return Plan(source, None, (), None, False, settings, vocabulary_size)
+
+
+def _plan(source: Input, row: Row, settings: IngestSettings, vocabulary_size: int) -> Plan | None:
+    """The plan that a row decides, if it fits a layout and has the fields asked for."""
+    asked = [settings.source_field, settings.label_field]
+    asked += [] if settings.id_field == ROW_IDS else [settings.id_field]
+    layouts = _layouts(row.fields, settings)
+    if not layouts or any(row.fields.get(name) is None for name in asked if name):
+        return None
+    names = tuple(layout.name for layout in layouts[1:])
+    id_field = _id_field(row.fields, settings)
+    unread_label = settings.label_field is None and LABEL_FIELD in row.fields
+    return Plan(source, layouts[0], names, id_field, unread_label, settings, vocabulary_size)
+
+
+def stored_plan(
+    name: str, recognised: Mapping[str, str | None], row: Row, settings: IngestSettings, vocabulary_size: int
+) -> Plan | None:
+    """The plan of an input read earlier; where it had no readable row, `row` decides, if it can."""
+    source = Input(Path(name), name, recognised["source"] or name, "jsonl")
+    if recognised["layout"] is None:
+        return _plan(source, row, settings, vocabulary_size)
+    known = {layout.name: layout for layout in LAYOUTS}
+    if settings.prompt_field and settings.response_field:
+        named = pair_layout(settings.prompt_field, settings.response_field)
+        known[named.name] = named
+    layout = known[recognised["layout"]]
+    return Plan(source, layout, (), recognised["id_field"], False, settings, vocabulary_size)
 
 
 def rows_of(source: Input, skip: int) -> Iterator[Row | Rejected]:
@@ -154,7 +195,12 @@ def rows_of(source: Input, skip: int) -> Iterator[Row | Rejected]:
         else:
             compression = {"jsonl.gz": "gzip", "jsonl.zst": "zstd"}.get(source.kind)
             yield from read_lines(source.path, compression, skip)
-    except (OSError, pa.ArrowException) as error:
+    except MemoryError as error:
+        raise PearError(
+            f"{source.name} decodes to more than {DECODING_BYTES >> 30} GiB in one piece: write it again with smaller "
+            "batches, row groups and pages"
+        ) from error
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise PearError(
             f"{source.name} is damaged or unreadable ({reason}): get a whole copy of it"

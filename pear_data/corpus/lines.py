@@ -38,14 +38,14 @@ def read_lines(path: Path, compression: str | None, skip: int) -> Iterator[Row |
                 reason = f"longer than {MAX_ROW_BYTES:,} bytes"
                 yield rejected(number, reason, line[:QUARANTINED_BYTES], size)
                 continue
-            if number == 1:
-                line = line.removeprefix(_BOM)
-            if not line.strip(b" \t\r\n"):
+            line = line.removesuffix(b"\n").removesuffix(b"\r")
+            content = line.removeprefix(_BOM) if number == 1 else line
+            if not content.strip(b" \t\r\n"):
                 continue
             try:
-                yield Row(number, *parse_object(line))
+                yield Row(number, *parse_object(content), line)
             except SampleError as error:
-                yield rejected(number, str(error), line.rstrip(b"\r\n"))
+                yield rejected(number, str(error), line)
 
 
 @contextlib.contextmanager

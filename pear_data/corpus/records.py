@@ -33,12 +33,17 @@ class Row:
     """A row that could be read: `number` counts an input's lines or rows from 1.
 
     `fields` are its values as JSON has them; a table's columns of numbers come as 1-D numpy arrays. `text` is the
-    row's own JSON where it had one.
+    row's own JSON where it had one, and `line` the bytes of the line it stood on.
     """
 
     number: int
     fields: dict[str, Any]
     text: str | None = None
+    line: bytes | None = None
+
+    def raw(self) -> bytes:
+        """The row as the quarantine keeps it: its line as it is in the file; a table's row as JSON."""
+        return self.as_json().encode() if self.line is None else self.line
 
     def as_json(self, without: Collection[str] = ()) -> str:
         """The row as JSON, less some fields. What JSON lacks is written as its nearest: non-finite numbers as

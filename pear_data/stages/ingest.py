@@ -17,18 +17,20 @@ from pear_data.config import IngestSettings
 from pear_data.corpus.duplicates import check_unique_ids
 from pear_data.corpus.examples import Plan, plan_input
 from pear_data.corpus.inputs import Input, opened_inputs, sha256_of
+from pear_data.corpus.records import Rejected
 from pear_data.corpus.stored_tokenizer import store_tokenizer
 from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.progress import Outcome, Progress
 from pear_data.resources import resolve
 from pear_data.stages.ingest_batches import BATCH_BYTES, ROWS, Batch, tokenized_batches
-from pear_data.stages.ingest_shard import ShardWriter, shard_writer
+from pear_data.stages.ingest_shard import shard_writer
 from pear_data.store import Store
 from pear_data.store.manifest import CORPUS, Cursor, Stage
 
 _SHOWN_INPUTS = 3
-_DATE = "chat_template_date"
-_CONTENT_SETTINGS = (
+DATE = "chat_template_date"
+READ_AS = "read_as"
+CONTENT_SETTINGS = (
     "turns",
     "prompt_field",
     "response_field",
@@ -68,13 +70,15 @@ def ingest(store: Store, settings: IngestSettings, progress: Progress) -> Outcom
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "chat_template": chat.template_fingerprint() if chat else RAW,
         }
-        dated = {_DATE: today.isoformat()} if chat and chat.writes_date else {}
+        dated = {DATE: today.isoformat()} if chat and chat.writes_date else {}
         stage = store.begin(
             CORPUS,
-            {"inputs": hashed, **made_by, **dated, **settings.model_dump(include=set(_CONTENT_SETTINGS))},
+            {"inputs": hashed, **made_by, **dated, **settings.model_dump(include=set(CONTENT_SETTINGS))},
         )
         store_tokenizer(store, tokenizer, settings.tokenizer, *made_by.values())
-        if _all_whole(store, stage, progress):
+        whole = _all_whole(store, stage, progress)
+        _check_rejected(stage.quarantined, settings.max_bad)
+        if whole:
             progress.say(f"the corpus in {store.path} is complete already")
         else:
             stage.decisions = _decisions(plans, chat, dated)
@@ -100,7 +104,7 @@ def _hashed(inputs: Sequence[Input], progress: Progress) -> list[dict[str, Any]]
 def _date(store: Store) -> date:
     """The date for chat templates that write one: that of the day this corpus was begun, else today's."""
     begun = store.manifest.stages.get(CORPUS)
-    stored = begun.settings.get(_DATE) if begun is not None and begun.shards else None
+    stored = begun.settings.get(DATE) if begun is not None and begun.shards else None
     return date.today() if stored is None else date.fromisoformat(stored)
 
 
@@ -132,6 +136,10 @@ def _all_whole(store: Store, stage: Stage, progress: Progress) -> bool:
                 store.file(file)
         except MismatchError as error:
             progress.say(f"{str(error).partition(':')[0]}: making the corpus again from {shard.name} on")
+            if any(lost.mended for lost in stage.shards[index:]):
+                progress.say(
+                    "rows mended there are in quarantine again: give them to `pear-data quarantine retry` again"
+                )
             stage.shards = stage.shards[:index]
             stage.complete = False
             store.save()
@@ -142,6 +150,7 @@ def _all_whole(store: Store, stage: Stage, progress: Progress) -> bool:
 def _decisions(plans: Sequence[Plan], chat: ChatTokenizer | None, dated: dict[str, str]) -> dict[str, Any]:
     return {
         "inputs": {plan.input.name: plan.describe() for plan in plans},
+        READ_AS: {plan.input.name: plan.recognised() for plan in plans},
         "scored_spans": chat.span_source if chat else "as given with the token ids",
         **dated,
     }
@@ -155,9 +164,9 @@ def _say_decisions(plans: Sequence[Plan], stage: Stage, progress: Progress) -> N
         more = f" and {len(names) - _SHOWN_INPUTS} more" if len(names) > _SHOWN_INPUTS else ""
         progress.say(f"{', '.join(names[:_SHOWN_INPUTS])}{more}: {description}")
     progress.say(f"scored spans: {stage.decisions['scored_spans']}")
-    if _DATE in stage.decisions:
+    if DATE in stage.decisions:
         progress.say(
-            f"date written by the chat template: {stage.decisions[_DATE]}, also when this is resumed later"
+            f"date written by the chat template: {stage.decisions[DATE]}, also when this is resumed later"
         )
     if stage.shards:
         progress.say(f"going on behind {stage.shards[-1].name}, {stage.rows:,} samples are there")
@@ -187,7 +196,7 @@ def _write_shards(
                     batch.samples and writer.num_tokens >= settings.shard_tokens
                 ):
                     writer.add(batch)
-                    _check_rejected(stage, writer, batch, settings.max_bad)
+                    _check_rejected(stage.quarantined + writer.quarantined, settings.max_bad, batch.rejected)
                     progress.advance(batch.num_tokens)
                     batch = next(batches, None)
                 if not writer.num_samples:
@@ -198,18 +207,25 @@ def _write_shards(
             store.commit(CORPUS, writer.entry())
             progress.shard(name, f"{writer.num_samples:,} samples, {writer.quarantined:,} rows quarantined")
             if writer.quarantined:
-                progress.say(f"quarantined, the first of {name}: {writer.first_rejected}")
+                progress.say(
+                    f"{name}: {writer.quarantined:,} rows quarantined, the first {writer.first_rejected}"
+                )
     finally:
         progress.end()
 
 
-def _check_rejected(stage: Stage, writer: ShardWriter, batch: Batch, max_bad: int | None) -> None:
-    bad = writer.quarantined + sum(shard.quarantined for shard in stage.shards)
-    if max_bad is not None and bad > max_bad:
-        name, row = batch.rejected[-1]
-        raise PearError(
-            f"{bad} rows rejected, more than --max-bad {max_bad} allows; the last is {name}:{row.number}: {row.reason}"
-        )
+def _check_rejected(bad: int, max_bad: int | None, latest: Sequence[tuple[str, Rejected]] = ()) -> None:
+    """Stop at the first row too many, which is one of the `latest`, or is in the store already."""
+    if max_bad is None or bad <= max_bad:
+        return
+    name, row = latest[max_bad - bad] if len(latest) >= bad - max_bad else (None, None)
+    where = (
+        f"; the last is {name}:{row.number}: {row.reason}"
+        if row
+        else " (`pear-data quarantine list` shows them)"
+    )
+    count = max_bad + 1 if row else bad
+    raise PearError(f"{count:,} rows rejected, more than --max-bad {max_bad} allows{where}")
 
 
 def _finish(store: Store, stage: Stage, progress: Progress) -> None:
@@ -217,12 +233,17 @@ def _finish(store: Store, stage: Stage, progress: Progress) -> None:
         names = ", ".join(source["name"] for source in stage.settings["inputs"][:_SHOWN_INPUTS])
         raise PearError(f"the corpus has no rows (read: {names}): give files that hold some")
     check_unique_ids(store, stage.shards)
-    counts = {what: count for what, count in sorted(_counts(stage).items()) if count}
+    counts = total_counts(stage)
     stage.decisions["counts"] = counts
     for what, count in counts.items():
         progress.say(f"{count:,} {what}")
     stage.complete = True
     store.save()
+
+
+def total_counts(stage: Stage) -> dict[str, int]:
+    """What was read, passed over and decided in a whole corpus."""
+    return {what: count for what, count in sorted(_counts(stage).items()) if count}
 
 
 def _counts(stage: Stage) -> Counter[str]:
@@ -231,8 +252,8 @@ def _counts(stage: Stage) -> Counter[str]:
 
 def _outcome(stage: Stage) -> Outcome:
     tokens = sum(shard.num_tokens for shard in stage.shards)
-    rejected = sum(shard.quarantined for shard in stage.shards)
-    set_aside = f", {rejected:,} rows with their reasons in the store's quarantine folder" if rejected else ""
+    rejected = stage.quarantined
+    set_aside = f", {rejected:,} rows in quarantine (`pear-data quarantine list`)" if rejected else ""
     return Outcome(
         f"corpus: {stage.rows:,} samples of {tokens:,} tokens, {stage.num_scored:,} of them scored{set_aside}",
         rejected,

@@ -71,7 +71,8 @@ def tokenized_batches(
     rows = itertools.islice(_rows_behind(plans, start), limit)
     cursor = start
     while batch := _take(rows, budget):
-        result = _tokenized(plans, chat, cursor, batch)
+        result = tokenized([(plans[index].input.name, row) for index, row in batch], chat, _behind(batch))
+        result.counts.update(_read(cursor, batch))
         cursor = result.cursor
         yield result
 
@@ -99,31 +100,42 @@ def _size(row: Example | Rejected) -> int:
     return len(row.record) + (row.content.input_ids.nbytes if isinstance(row.content, Tokens) else 0)
 
 
-def _tokenized(
-    plans: Sequence[Plan],
-    chat: ChatTokenizer | None,
-    before: Cursor,
-    rows: list[tuple[int, Example | Rejected]],
+def _behind(rows: list[tuple[int, Example | Rejected]]) -> Cursor:
+    index, row = rows[-1]
+    return Cursor(input=index, row=row.number)
+
+
+def _read(before: Cursor, rows: list[tuple[int, Example | Rejected]]) -> Counter[str]:
+    """How many rows these are, and how many blank lines stand before and between them."""
+    counts = Counter({ROWS: len(rows)})
+    for index, row in rows:
+        counts[BLANK] += row.number - 1 - (before.row if before.input == index else 0)
+        before = Cursor(input=index, row=row.number)
+    return counts
+
+
+def tokenized(
+    rows: Sequence[tuple[str, Example | Rejected]], chat: ChatTokenizer | None, cursor: Cursor
 ) -> Batch:
-    last_input, last = rows[-1]
-    batch = Batch(Cursor(input=last_input, row=last.number))
+    """What becomes of rows, each with its input's name.
+
+    Raises:
+        UsageError: the chat template rewrites earlier turns and no choice was made.
+    """
+    batch = Batch(cursor)
     conversations = [
         row.content for _, row in rows if isinstance(row, Example) and isinstance(row.content, Conversation)
     ]
     notes = Counter(chat.notes()) if chat else Counter()
     encoded = iter(chat.encode(conversations) if chat and conversations else [])
     batch.counts.update(Counter(chat.notes()) - notes if chat else {})
-    for index, row in rows:
-        name = plans[index].input.name
-        batch.counts[ROWS] += 1
-        batch.counts[BLANK] += row.number - 1 - (before.row if before.input == index else 0)
-        before = Cursor(input=index, row=row.number)
+    for name, row in rows:
         if isinstance(row, Rejected):
             batch.rejected.append((name, row))
             continue
         outcome = _as_is(row.content, batch.counts) if isinstance(row.content, Tokens) else next(encoded)
         if isinstance(outcome, SampleError):
-            batch.rejected.append((name, rejected(row.number, str(outcome), row.record.encode())))
+            batch.rejected.append((name, rejected(row.number, str(outcome), row.row.raw())))
         else:
             batch.samples += [_sample(f"{name}:{row.number}", row, part) for part in outcome]
     return batch

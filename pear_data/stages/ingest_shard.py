@@ -19,6 +19,7 @@ from pear_data.store.manifest import Cursor, Shard
 from pear_data.store.shards import GroupWriter, parquet_shard, summary_path, summary_shard
 
 GROUP_TOKENS = 1_000_000
+ROW_BYTES = 512  # what a rejected row takes besides its raw bytes
 GROUP_BYTES = 64 << 20  # of rows, kept or rejected: what bounds memory where these are large and tokens few
 
 
@@ -44,6 +45,7 @@ class ShardWriter:
         self.num_scored = 0
         self.quarantined = 0
         self.first_rejected = "no row at all"
+        self.places: dict[str, str] = {}  # where each sample id comes from
         self._counts: Counter[str] = Counter()
         self._cursor: Cursor | None = None
         self._store, self._name, self._files = store, name, files
@@ -53,9 +55,9 @@ class ShardWriter:
         self._writer = files.enter_context(parquet_shard(self._part, CORPUS))
         self._summary_writer = files.enter_context(summary_shard(self._summary, CORPUS_SUMMARY))
         self._quarantine_writer: GroupWriter | None = None
-        self._places: dict[str, str] = {}
         self._samples: list[Sample] = []
         self._rejected: list[tuple[str, Rejected]] = []
+        self._held_tokens = self._held_bytes = 0
 
     def add(self, batch: Batch) -> None:
         """Take in a batch.
@@ -64,9 +66,9 @@ class ShardWriter:
             PearError: it repeats a sample id.
         """
         for sample in batch.samples:
-            if sample.sample_id in self._places:
-                raise duplicate_error(sample.sample_id, self._places[sample.sample_id], sample.place)
-            self._places[sample.sample_id] = sample.place
+            if sample.sample_id in self.places:
+                raise duplicate_error(sample.sample_id, self.places[sample.sample_id], sample.place)
+            self.places[sample.sample_id] = sample.place
         if batch.rejected and not self.quarantined:
             name, row = batch.rejected[0]
             self.first_rejected = f"{name}:{row.number}: {row.reason}"
@@ -77,11 +79,10 @@ class ShardWriter:
         self.num_samples += len(batch.samples)
         self.num_tokens += batch.num_tokens
         self.quarantined += len(batch.rejected)
-        if (
-            sum(len(sample.input_ids) for sample in self._samples) >= GROUP_TOKENS
-            or sum(len(sample.record) for sample in self._samples) >= GROUP_BYTES
-            or sum(len(row.raw) for _, row in self._rejected) >= GROUP_BYTES
-        ):
+        self._held_tokens += batch.num_tokens
+        self._held_bytes += sum(len(sample.record) for sample in batch.samples)
+        self._held_bytes += sum(len(row.raw) + ROW_BYTES for _, row in batch.rejected)
+        if self._held_tokens >= GROUP_TOKENS or self._held_bytes >= GROUP_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -99,6 +100,7 @@ class ShardWriter:
                 )
             self._quarantine_writer.write(_quarantine_rows(self._rejected))
             self._rejected = []
+        self._held_tokens = self._held_bytes = 0
 
     def entry(self) -> Shard:
         """The manifest's entry of the shard, once its files are in place."""

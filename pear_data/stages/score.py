@@ -56,7 +56,7 @@ def score(
         progress.end()
     stage.complete = True
     store.save()
-    return _outcome(store, key, resumed=len(corpus.shards) - len(pending))
+    return scores_outcome(store, key, resumed=len(corpus.shards) - len(pending))
 
 
 def score_policy(
@@ -87,7 +87,7 @@ def _score_shards(
                 entry, failures = scored.result()
                 store.commit(key, entry)
                 progress.shard(entry.name, f"{entry.rows} samples, {entry.num_scored} scored tokens")
-                _say_failures(entry, failures, progress)
+                say_failures(entry, failures, progress)
         except BaseException:
             # Or the threads would score on to the end of their shards.
             stopping.set()
@@ -109,14 +109,15 @@ def _guarded(check: Callable[[TokenBatch], None], stopping: threading.Event) -> 
     return guarded
 
 
-def _say_failures(entry: Shard, failures: Sequence[Failure], progress: Progress) -> None:
+def say_failures(entry: Shard, failures: Sequence[Failure], progress: Progress) -> None:
     for failure in failures[:SHOWN_REASONS]:
         progress.say(f"{failure.sample_id} cannot be scored and is quarantined: {failure.reason}")
     if len(failures) > SHOWN_REASONS:
         progress.say(f"{len(failures) - SHOWN_REASONS} more samples of {entry.name} are quarantined")
 
 
-def _outcome(store: Store, key: str, resumed: int) -> Outcome:
+def scores_outcome(store: Store, key: str, resumed: int = 0) -> Outcome:
+    """What a policy's scores are now."""
     stage = store.stage(key)
     statuses: Counter[str] = Counter()
     for shard in stage.shards:
@@ -124,9 +125,7 @@ def _outcome(store: Store, key: str, resumed: int) -> Outcome:
     rejected = sum(count for status, count in statuses.items() if status != STATUS_OK)
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(statuses.items()))
     quarantined = sum(shard.quarantined for shard in stage.shards)
-    set_aside = (
-        f"; {quarantined:,} with their reasons in the store's quarantine folder" if quarantined else ""
-    )
+    set_aside = f"; {quarantined:,} in quarantine (`pear-data quarantine list`)" if quarantined else ""
     earlier = f"; {resumed} of {len(stage.shards)} shards were there already" if resumed else ""
     return Outcome(
         f"{key}: {stage.num_scored:,} scored tokens in {stage.rows:,} samples ({counts}){set_aside}{earlier}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,23 +45,35 @@ def score_shard(
         MismatchError: the shard of the corpus is damaged, or the source cannot score it.
         PearError: the source fails, or the disk refuses.
     """
+    with contextlib.closing(_one_ahead(_groups(store, shard, source, progress))) as groups:
+        return write_scores(
+            store, key, shard, ((score_rows(batch, scores), scores.reasons) for batch, scores in groups)
+        )
+
+
+def write_scores(
+    store: Store, key: str, shard: Shard, groups: Iterable[tuple[pa.Table, Mapping[int, str]]]
+) -> tuple[Shard, list[Failure]]:
+    """Put the scores of a shard in place: its row groups, each with the reasons why rows of it have none.
+
+    Raises:
+        PearError: the disk refused.
+    """
     final = store.path / key / f"{shard.name}.parquet"
     statuses: Counter[str] = Counter()
     scored = first = 0
     failures: list[Failure] = []
-    with (
-        parquet_shard(final, SCORES) as writer,
-        contextlib.closing(_one_ahead(_groups(store, shard, source, progress))) as groups,
-    ):
-        for batch, scores in groups:
-            writer.write(_score_rows(batch, scores))
-            statuses.update(scores.status.tolist())
-            scored += int(batch.num_scored[scores.status == STATUS_OK].sum())
+    with parquet_shard(final, SCORES) as writer:
+        for table, reasons in groups:
+            writer.write(table)
+            status = table["status"].to_numpy()
+            statuses.update(status.tolist())
+            scored += int(table["num_scored"].to_numpy()[status == STATUS_OK].sum())
             failures += [
-                Failure(first + row, batch.sample_ids[row], reason)
-                for row, reason in sorted(scores.reasons.items())
+                Failure(first + row, table["sample_id"][row].as_py(), reason)
+                for row, reason in sorted(reasons.items())
             ]
-            first += len(batch)
+            first += len(table)
     quarantine = store.path / "quarantine" / f"{key.replace('/', '-')}-{shard.name}.parquet"
     if failures:
         _write_quarantine(quarantine, store, shard, failures)
@@ -116,7 +128,7 @@ def _write_quarantine(final: Path, store: Store, shard: Shard, failures: list[Fa
         writer.write(pa.table(columns, schema=QUARANTINE))
 
 
-def _score_rows(batch: TokenBatch, scores: GroupScores) -> pa.Table:
+def score_rows(batch: TokenBatch, scores: GroupScores) -> pa.Table:
     """One row group; rows whose status is not ok have null log-probs, spans and sum."""
     ok = scores.status == STATUS_OK
     lengths = batch.num_scored

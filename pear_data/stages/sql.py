@@ -59,21 +59,29 @@ def write_query(
         for name in left_out(store.manifest)
     ]
     with connect(store, timeout=timeout) as views:
-        schema, batches = views.batches(query, BATCH_ROWS)
-        if form != "table":
-            _check_names(schema)
-        if form not in ("table", "parquet"):
-            _check_text_columns(schema)
-        writer: dict[str, Callable[[pa.Schema, Batches, BinaryIO], str | None]] = {
-            "table": _write_table,
-            "json": _write_json,
-            "jsonl": _write_jsonl,
-            "csv": _write_csv,
-            "parquet": _write_parquet,
-        }
-        if cut := writer[form](schema, batches, sink):
+        if cut := write_rows(*views.batches(query, BATCH_ROWS), form, sink):
             notes.append(cut)
     return "\n".join(notes) or None
+
+
+def write_rows(schema: pa.Schema, batches: Batches, form: Format, sink: BinaryIO) -> str | None:
+    """Write rows to `sink`, a batch at a time; the note for people where a table holds not all of them.
+
+    Raises:
+        UsageError: the columns do not fit the format.
+    """
+    if form != "table":
+        _check_names(schema)
+    if form not in ("table", "parquet"):
+        _check_text_columns(schema)
+    writer: dict[str, Callable[[pa.Schema, Batches, BinaryIO], str | None]] = {
+        "table": _write_table,
+        "json": _write_json,
+        "jsonl": _write_jsonl,
+        "csv": _write_csv,
+        "parquet": _write_parquet,
+    }
+    return writer[form](schema, batches, sink)
 
 
 def _write_jsonl(schema: pa.Schema, batches: Batches, sink: BinaryIO) -> None:

@@ -57,11 +57,17 @@ class Shard(_Entry):
     cursor: Cursor | None = None
     quarantine: FileEntry | None = None
     quarantined: int = 0
+    mended: FileEntry | None = Field(
+        default=None,
+        description="Rows of earlier shards' quarantine that are, mended, in this shard (corpus).",
+    )
+    mended_rows: int = 0
 
     @property
     def files(self) -> list[FileEntry]:
         """Every file of the shard."""
-        return [file for file in (self.file, self.summary, self.totals, self.quarantine) if file is not None]
+        files = (self.file, self.summary, self.totals, self.quarantine, self.mended)
+        return [file for file in files if file is not None]
 
 
 class Stage(_Entry):
@@ -87,6 +93,11 @@ class Stage(_Entry):
     @property
     def rows(self) -> int:
         return sum(shard.rows for shard in self.shards)
+
+    @property
+    def quarantined(self) -> int:
+        """Rows in quarantine that were not mended since."""
+        return sum(shard.quarantined - shard.mended_rows for shard in self.shards)
 
     def shard(self, name: str) -> Shard | None:
         return next((shard for shard in self.shards if shard.name == name), None)

@@ -84,7 +84,7 @@ def test_the_job_goes_on_without_the_samples_that_kill_the_engine(store, tmp_pat
     finally:
         scorer.close()
     assert outcome.rejected == 2
-    assert "(2 failed, 98 ok); 2 with their reasons in the store's quarantine folder" in outcome.summary
+    assert "(2 failed, 98 ok); 2 in quarantine (`pear-data quarantine list`)" in outcome.summary
     verify(store, Silent())
     opened = open_store(store.path)
     rows = opened.scores["p"].to_table().to_pylist()

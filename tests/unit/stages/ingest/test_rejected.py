@@ -65,6 +65,33 @@ def test_max_bad_stops_the_job_and_keeps_what_is_committed(tmp_path, run, read):
     assert len(read()) == 20
 
 
+@pytest.mark.parametrize("allowed", [0, 1, 2, 6, 7, 8])
+def test_max_bad_is_exact_across_batches_shards_and_resumed_runs(tmp_path, run, read, allowed):
+    bad = {2, 3, 9, 10, 11, 30, 31}
+    lines = [json.dumps(row) for row in examples(31 - len(bad))]
+    for number in sorted(bad):
+        lines.insert(number - 1, "bad")
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    if allowed >= len(bad):
+        assert run(path, max_bad=allowed, shard_tokens=500)[0].rejected == len(bad)
+    else:
+        culprit = sorted(bad)[allowed]
+        message = f"{allowed + 1} rows rejected, more than --max-bad {allowed} allows; the last is a.jsonl:{culprit}: "
+        for _ in range(2):  # the second run goes on behind the shards of the first
+            with pytest.raises(PearError) as caught:
+                run(path, max_bad=allowed, shard_tokens=500)
+            assert str(caught.value).startswith(message)
+    # A corpus that is there already is held to the bound too.
+    run(path, shard_tokens=500)
+    if allowed < len(bad):
+        with pytest.raises(
+            PearError, match=f"7 rows rejected, more than --max-bad {allowed} allows .*quarantine list"
+        ):
+            run(path, max_bad=allowed, shard_tokens=500)
+    assert len(read()) == 31 - len(bad)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

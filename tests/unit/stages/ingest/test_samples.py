@@ -270,14 +270,14 @@ def test_what_was_decided_is_said_and_kept(tmp_path, run):
     outcome, said = run(path, other)
     assert outcome.summary == (
         "corpus: 6 samples of 252 tokens, 99 of them scored, "
-        "1 rows with their reasons in the store's quarantine folder"
+        "1 rows in quarantine (`pear-data quarantine list`)"
     )
     assert outcome.rejected == 1
     assert said == [
         "a.jsonl: layout messages (fits problem+solution too; the first in order is taken), ids from row numbers",
         "b.jsonl: layout prompt+completion, ids from field 'id'",
         "scored spans: prefix renderings",
-        "quarantined, the first of part-00000: b.jsonl:6: field 'prompt' is missing or null",
+        "part-00000: 1 rows quarantined, the first b.jsonl:6: field 'prompt' is missing or null",
         "2 blank lines passed over",
         "7 rows read",
     ]
@@ -286,6 +286,10 @@ def test_what_was_decided_is_said_and_kept(tmp_path, run):
         "inputs": {
             "a.jsonl": "layout messages (fits problem+solution too; the first in order is taken), ids from row numbers",
             "b.jsonl": "layout prompt+completion, ids from field 'id'",
+        },
+        "read_as": {
+            "a.jsonl": {"layout": "messages", "id_field": None, "source": "a"},
+            "b.jsonl": {"layout": "prompt+completion", "id_field": "id", "source": "b"},
         },
         "scored_spans": "prefix renderings",
         "counts": {"blank lines passed over": 2, "rows read": 7},
