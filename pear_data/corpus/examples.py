@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from pear_data.config import IngestSettings
 from pear_data.corpus.bounded_memory import DECODING_BYTES
-from pear_data.corpus.inputs import Input
+from pear_data.corpus.inputs import Input, stem_of
 from pear_data.corpus.layouts import LAYOUTS, Content, Fields, Layout, Tokens, pair_layout, recognised
 from pear_data.corpus.lines import read_lines
 from pear_data.corpus.records import Rejected, Row, rejected, shown
@@ -52,14 +52,6 @@ class Plan:
     unread_label: bool
     settings: IngestSettings
     vocabulary_size: int  # one more than the largest token id
-
-    def recognised(self) -> dict[str, str | None]:
-        """What `stored_plan` makes the plan from again."""
-        return {
-            "layout": self.layout.name if self.layout else None,
-            "id_field": self.id_field,
-            "source": self.input.source,
-        }
 
     def describe(self) -> str:
         """What was recognised, in a few words."""
@@ -114,7 +106,12 @@ class Plan:
         if self.settings.source_field:
             return _text(row.fields, self.settings.source_field)
         found = row.fields.get(SOURCE_FIELD)
-        return found if isinstance(found, str) and found else self.input.source
+        source = found if isinstance(found, str) and found else self.input.source
+        if not source:
+            raise SampleError(
+                f"field {SOURCE_FIELD!r} is missing, and the file's name does not tell the source"
+            )
+        return source
 
     def _check_ids(self, tokens: Tokens) -> None:
         strange = (tokens.input_ids < 0) | (tokens.input_ids >= self.vocabulary_size)
@@ -167,18 +164,24 @@ def _plan(source: Input, row: Row, settings: IngestSettings, vocabulary_size: in
 
 
 def stored_plan(
-    name: str, recognised: Mapping[str, str | None], row: Row, settings: IngestSettings, vocabulary_size: int
+    name: str, description: str, row: Row, settings: IngestSettings, vocabulary_size: int
 ) -> Plan | None:
-    """The plan of an input read earlier; where it had no readable row, `row` decides, if it can."""
-    source = Input(Path(name), name, recognised["source"] or name, "jsonl")
-    if recognised["layout"] is None:
-        return _plan(source, row, settings, vocabulary_size)
-    known = {layout.name: layout for layout in LAYOUTS}
+    """The plan of an input read earlier, from what `Plan.describe` said of it.
+
+    Where it had no readable row, `row` decides, if it can. `Input.source` is empty where the name does not tell it.
+    """
+    file = name.rpartition("/")[2]
+    source = Input(Path(name), name, "" if file.endswith(".arrow") else stem_of(file), "jsonl")
+    known = list(LAYOUTS)
     if settings.prompt_field and settings.response_field:
-        named = pair_layout(settings.prompt_field, settings.response_field)
-        known[named.name] = named
-    layout = known[recognised["layout"]]
-    return Plan(source, layout, (), recognised["id_field"], False, settings, vocabulary_size)
+        known.insert(0, pair_layout(settings.prompt_field, settings.response_field))
+    for layout in known:
+        if description.startswith((f"layout {layout.name} (fits ", f"layout {layout.name}, ids from ")):
+            ids = description.rpartition(", ids from ")[2]
+            asked = ID_FIELDS if settings.id_field in (None, ROW_IDS) else (settings.id_field,)
+            id_field = next((field for field in asked if ids.startswith(f"field {field!r}")), None)
+            return Plan(source, layout, (), id_field, False, settings, vocabulary_size)
+    return _plan(source, row, settings, vocabulary_size)
 
 
 def rows_of(source: Input, skip: int) -> Iterator[Row | Rejected]:

@@ -68,7 +68,7 @@ def opened_inputs(corpus: Sequence[str], spool_folder: Path) -> Iterator[list[In
             if path.is_dir():
                 found += _in_folder(path)
             elif path.is_file() and given != STDIN:
-                found.append(_Found(path, _stem(path.name), path))
+                found.append(_Found(path, stem_of(path.name), path))
             elif path.exists() or given == STDIN:
                 spool = spool_folder / f"{path.name}-{len(found)}{TEMP_SUFFIX}"
                 stack.callback(spool.unlink, missing_ok=True)
@@ -118,7 +118,7 @@ def _in_folder(folder: Path) -> list[_Found]:
         inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
         hint = f"; it has the folders {', '.join(inner)}" if inner else ""
         raise UsageError(f"{folder} holds no {', '.join(_READABLE)} (or .gz, .zst) files{hint}")
-    return [_Found(path, _stem(path.name), path, 2) for path in paths]
+    return [_Found(path, stem_of(path.name), path, 2) for path in paths]
 
 
 def _is_readable(path: Path) -> bool:
@@ -128,7 +128,8 @@ def _is_readable(path: Path) -> bool:
     return path.is_file() and name.endswith(_READABLE) and not name.startswith(".")
 
 
-def _stem(name: str) -> str:
+def stem_of(name: str) -> str:
+    """A file's name without what says how it is written."""
     for suffix in (*_PACKED, *_READABLE):
         name = name.removesuffix(suffix)
     return name

@@ -29,7 +29,7 @@ from pear_data.store.manifest import CORPUS, Cursor, Stage
 
 _SHOWN_INPUTS = 3
 DATE = "chat_template_date"
-READ_AS = "read_as"
+DESCRIBED = "inputs"
 CONTENT_SETTINGS = (
     "turns",
     "prompt_field",
@@ -149,8 +149,7 @@ def _all_whole(store: Store, stage: Stage, progress: Progress) -> bool:
 
 def _decisions(plans: Sequence[Plan], chat: ChatTokenizer | None, dated: dict[str, str]) -> dict[str, Any]:
     return {
-        "inputs": {plan.input.name: plan.describe() for plan in plans},
-        READ_AS: {plan.input.name: plan.recognised() for plan in plans},
+        DESCRIBED: {plan.input.name: plan.describe() for plan in plans},
         "scored_spans": chat.span_source if chat else "as given with the token ids",
         **dated,
     }

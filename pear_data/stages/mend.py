@@ -29,7 +29,7 @@ from pear_data.corpus.stored_tokenizer import FOLDER
 from pear_data.errors import MismatchError, SampleError, UsageError
 from pear_data.progress import Outcome, Progress
 from pear_data.schema import MENDED
-from pear_data.stages.ingest import CONTENT_SETTINGS, DATE, READ_AS, total_counts
+from pear_data.stages.ingest import CONTENT_SETTINGS, DATE, DESCRIBED, total_counts
 from pear_data.stages.ingest_batches import BATCH_ROWS, Batch, tokenized
 from pear_data.stages.ingest_shard import ShardWriter, shard_writer
 from pear_data.stages.quarantine import Place, mended_places, quarantined_places
@@ -130,17 +130,13 @@ def _mended_row(number: int, fields: dict[str, Any]) -> Row | Rejected:
 def _mending(store: Store, corpus: Stage, trust_remote_code: bool) -> _Mending:
     """What ingest knew, read back from the store: neither its files nor its model are needed again."""
     known = store.manifest.tokenizer
-    recognised = corpus.decisions.get(READ_AS)
-    if known is None or recognised is None:
-        raise UsageError(
-            f"{store.path} was ingested by an earlier version, which did not note how each file was read: mend the "
-            "files themselves and ingest them into a new --store"
-        )
+    assert known is not None, "a corpus without its tokenizer"
+    described = corpus.decisions[DESCRIBED]
     for file in known.files:
         store.file(file)
     tokenizer = load_tokenizer(str(store.path / FOLDER), trust_remote_code=trust_remote_code)
     settings = {name: corpus.settings[name] for name in CONTENT_SETTINGS}
-    given = IngestSettings(corpus=list(recognised), tokenizer=known.name, **settings)
+    given = IngestSettings(corpus=list(described), tokenizer=known.name, **settings)
     template = corpus.settings["chat_template"]
     chat = None
     if template != RAW:
@@ -158,7 +154,7 @@ def _mending(store: Store, corpus: Stage, trust_remote_code: bool) -> _Mending:
             "themselves and ingest them into a new --store"
         )
     vocabulary_size = max(tokenizer.get_vocab().values()) + 1
-    return _Mending(corpus, given, recognised, chat, vocabulary_size)
+    return _Mending(corpus, given, described, chat, vocabulary_size)
 
 
 @dataclass(slots=True)
@@ -167,7 +163,7 @@ class _Mending:
 
     corpus: Stage
     settings: IngestSettings
-    recognised: dict[str, dict[str, str | None]]
+    described: dict[str, str]
     chat: ChatTokenizer | None
     vocabulary_size: int
     plans: dict[str, Plan] = field(default_factory=dict)
@@ -196,7 +192,7 @@ class _Mending:
         if isinstance(row, Rejected):
             return row
         if name not in self.plans:
-            plan = stored_plan(name, self.recognised[name], row, self.settings, self.vocabulary_size)
+            plan = stored_plan(name, self.described[name], row, self.settings, self.vocabulary_size)
             if plan is None:
                 return rejected(row.number, "fits no layout, or lacks a field asked for at ingest", row.raw())
             self.plans[name] = plan

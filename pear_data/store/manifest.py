@@ -59,9 +59,10 @@ class Shard(_Entry):
     quarantined: int = 0
     mended: FileEntry | None = Field(
         default=None,
+        exclude_if=lambda entry: entry is None,
         description="Rows of earlier shards' quarantine that are, mended, in this shard (corpus).",
     )
-    mended_rows: int = 0
+    mended_rows: int = Field(default=0, exclude_if=lambda count: count == 0)
 
     @property
     def files(self) -> list[FileEntry]:

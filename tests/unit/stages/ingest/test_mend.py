@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 from ingest_cases import TURNS, KilledError, chat, examples, expected_tokens, rendered, write_lines
@@ -202,6 +203,15 @@ def test_a_whole_unreadable_file_is_mended_by_the_layout_of_its_first_mended_row
     )
     assert outcome.rejected == 1
     assert [row["sample_id"] for row in read()] == ["a.jsonl:1", "b.jsonl:1"]
+
+
+def test_rows_of_a_saved_dataset_say_their_source(tmp_path, run, read):
+    datasets.Dataset.from_list([*examples(1), {"messages": []}]).save_to_disk(tmp_path / "maths")
+    run(tmp_path / "maths")
+    place = {"input": "maths/data-00000-of-00001.arrow", "row": 2}
+    assert retry(tmp_path, [{**place, "raw": {"messages": TURNS}}]).rejected == 1
+    assert retry(tmp_path, [{**place, "raw": {"messages": TURNS, "source": "maths"}}]).rejected == 0
+    assert [row["source"] for row in read()] == ["maths", "maths"]
 
 
 def test_token_ids_and_all_turns_are_mended_as_they_were_ingested(tmp_path, run, read, rewriting_tokenizer):

@@ -287,10 +287,6 @@ def test_what_was_decided_is_said_and_kept(tmp_path, run):
             "a.jsonl": "layout messages (fits problem+solution too; the first in order is taken), ids from row numbers",
             "b.jsonl": "layout prompt+completion, ids from field 'id'",
         },
-        "read_as": {
-            "a.jsonl": {"layout": "messages", "id_field": None, "source": "a"},
-            "b.jsonl": {"layout": "prompt+completion", "id_field": "id", "source": "b"},
-        },
         "scored_spans": "prefix renderings",
         "counts": {"blank lines passed over": 2, "rows read": 7},
     }
