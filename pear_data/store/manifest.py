@@ -188,7 +188,9 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise PearError(f"no store at {folder}: make one with `pear-data score CORPUS --model M`") from None
     except OSError as error:
-        raise PearError(f"cannot read {path} ({error.strerror}): name the folder of a store with --store") from None
+        raise PearError(
+            f"cannot read {path} ({error.strerror}): name the folder of a store with --store"
+        ) from None
     try:
         text = raw.decode()
         version = json.loads(text)["format_version"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -14,8 +13,8 @@ from zygote import Zygote
 
 from pear_data import open_store
 
-SAMPLES = 60  # 20 shards
-KILLS = 6
+SAMPLES = 30  # 10 shards
+KILLS = 5
 
 
 def committed(folder):
@@ -43,11 +42,8 @@ def kill_over_and_over(folder, kills, samples=SAMPLES):
             status = None
             while status != 0:
                 before = committed(work)
-                pid = zygote.start(work)
-                time.sleep(chance.uniform(0, usual / 3))
-                if done < kills:
-                    os.kill(pid, signal.SIGKILL)
-                status = zygote.ended()["status"]
+                later = chance.uniform(0, usual / 3) if done < kills else None
+                status = zygote.run(work, kill_after=later)["status"]
                 assert status in (0, -signal.SIGKILL)
                 done += status != 0
                 after = committed(work)
@@ -68,4 +64,4 @@ def test_a_few_kills(tmp_path):
 
 @pytest.mark.kill_loop
 def test_a_hundred_kills(tmp_path):
-    kill_over_and_over(tmp_path, 100)
+    kill_over_and_over(tmp_path, 100, 2 * SAMPLES)

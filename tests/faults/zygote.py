@@ -1,7 +1,7 @@
 """A process that has loaded everything and forks one for each job asked of it, so that a job starts at once.
 
-Lines of JSON come in: {"folder", "steps" (all but the model's), "limits" (of `resource`, by name), "shard_tokens"}. For
-each, two lines go out: the process id, and when it has ended {"status", "message", "peak_rss", "peak_as"}.
+Lines of JSON come in: {"folder", "steps" (all but the model's), "limits" (of `resource`, by name), "shard_tokens",
+"kill_after" (seconds)}. For each one goes out when the process has ended: {"status", "message", "peak_rss", "peak_as"}.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import json
 import os
 import re
 import resource
+import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,18 +42,11 @@ class Zygote:
         self._process.wait(60)
         self._process.stdout.close()
 
-    def start(self, folder: Path, steps: list[str] | None = None, **request: Any) -> int:
-        """Begin a job; its process id. `ended` must be called before the next."""
+    def run(self, folder: Path, steps: list[str] | None = None, **request: Any) -> dict[str, Any]:
+        """Do a job; how it ended."""
         line = json.dumps({"folder": str(folder), "steps": steps, **request})
         print(line, file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def ended(self) -> dict[str, Any]:
         return json.loads(self._process.stdout.readline())
-
-    def run(self, folder: Path, steps: list[str] | None = None, **request: Any) -> dict[str, Any]:
-        self.start(folder, steps, **request)
-        return self.ended()
 
 
 def _job(request: dict[str, Any]) -> dict[str, Any]:
@@ -74,15 +69,17 @@ def _job(request: dict[str, Any]) -> dict[str, Any]:
 
 def _serve() -> None:
     for line in sys.stdin:
+        request = json.loads(line)
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reading)
             with contextlib.suppress(BaseException):
-                os.write(writing, json.dumps(_job(json.loads(line))).encode())
+                os.write(writing, json.dumps(_job(request)).encode())
             os._exit(0)
         os.close(writing)
-        print(pid, flush=True)
+        if not select.select([reading], [], [], request.get("kill_after"))[0]:
+            os.kill(pid, signal.SIGKILL)
         with os.fdopen(reading) as pipe:
             answer = pipe.read()
         _, status = os.waitpid(pid, 0)
