@@ -17,8 +17,8 @@ _STATM = Path("/proc/self/statm")
 
 
 @contextlib.contextmanager
-def bounded_memory(extra: int = DECODING_BYTES) -> Iterator[None]:
-    """Lets this process map at most `extra` more bytes inside the block, less where it is under a limit already.
+def bounded_memory() -> Iterator[None]:
+    """Lets this process map at most `DECODING_BYTES` more inside the block, less where it is under a limit already.
 
     The limit holds for all threads; without /proc there is none.
 
@@ -29,7 +29,7 @@ def bounded_memory(extra: int = DECODING_BYTES) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    bound = int(_STATM.read_text().split()[0]) * resource.getpagesize() + extra
+    bound = int(_STATM.read_text().split()[0]) * resource.getpagesize() + DECODING_BYTES
     stricter = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_AS, (min([bound, *stricter]), hard))
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pear_data.config import IngestSettings
-from pear_data.corpus.bounded_memory import DECODING_BYTES
+from pear_data.corpus import bounded_memory
 from pear_data.corpus.inputs import Input, stem_of
 from pear_data.corpus.layouts import LAYOUTS, Content, Fields, Layout, Tokens, pair_layout, recognised
 from pear_data.corpus.lines import read_lines
@@ -199,9 +199,10 @@ def rows_of(source: Input, skip: int) -> Iterator[Row | Rejected]:
             compression = {"jsonl.gz": "gzip", "jsonl.zst": "zstd"}.get(source.kind)
             yield from read_lines(source.path, compression, skip)
     except MemoryError as error:
+        bound = bounded_memory.DECODING_BYTES / 2**30
         raise PearError(
-            f"{source.name} decodes to more than {DECODING_BYTES >> 30} GiB in one piece: write it again with smaller "
-            "batches, row groups and pages"
+            f"{source.name} decodes to more than {bound:g} GiB in one piece: write it again with smaller batches, row "
+            "groups and pages"
         ) from error
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
