@@ -31,7 +31,7 @@ def command(store: Path, out: str, **options: Any) -> int:
 
     \b
     hf         Parquet: input_ids, attention_mask, labels, loss_weights. transformers, TRL, Axolotl, own loops
-    hf-packed  the same in packs of --max-length tokens, with position_ids and seq_lengths. TRL
+    hf-packed  the same in packs of --max-length tokens, with position_ids and seq_lengths. transformers, TRL
     verl       Parquet for pear_data.hooks.verl.PearVerlDataset
     swift      JSON lines of token ids with a loss_scale each, for ms-swift
     shifted    JSON lines, each weight one place to the left: Levanter, Tinker

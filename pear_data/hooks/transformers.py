@@ -8,7 +8,7 @@ number of sequences it does not count: that is all this adds, and refusals of wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -55,19 +55,18 @@ class PearTrainer(Trainer):  # type: ignore[misc]  # transformers is not checked
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*TOKEN_COLUMNS, PACKED, "sample_id", "sample_ids"]
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        labels = super()._get_num_items_in_batch(batch_samples, device)
-        if self.model.training and batch_samples:
-            without = [batch for batch in batch_samples if WEIGHTS not in batch]
-            if without:
-                raise ValueError(
-                    "a training batch has no loss_weights: train on an export of `pear-data export`"
-                )
-            if self._normaliser == "tokens":
-                self._denominator = labels
-            else:
-                self._denominator = step_denominator(self, batch_samples, self._normaliser, device)
-        return labels
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of a training step, and their labels, which scale the loss over ranks."""
+        batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if any(WEIGHTS not in batch for batch in batches):
+            raise ValueError("a training batch has no loss_weights: train on an export of `pear-data export`")
+        if self._normaliser == "tokens" or not batches:
+            self._denominator = labels
+        else:
+            self._denominator = step_denominator(self, batches, self._normaliser, device)
+        return batches, labels
 
     def compute_loss(
         self,

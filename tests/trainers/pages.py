@@ -12,7 +12,8 @@ _PAGES = Path(__file__).parents[2] / "pear_data" / "hooks"
 def blocks(page: str, language: str = "") -> list[str]:
     """The code blocks of a language; of none, the export commands."""
     text = (_PAGES / f"{page}.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
 def words(block: str, cwd: Path | None = None) -> list[str]:

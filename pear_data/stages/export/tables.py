@@ -52,7 +52,7 @@ def packed_format(max_length: int, live: bool) -> Format:
         f"{UNSHIFTED}; and so is the first index of every sample in a pack",
         PER_LABEL,
         _opener(schema, lambda rows: _packed_table(rows, schema, max_length)),
-        "TRL takes it, with pear_data.hooks.trl.make_sft_trainer, packing=False and padding_free=True: "
+        "transformers and TRL (packing=False) take it, with padding_free=True: pear_data/hooks/transformers.md, "
         "pear_data/hooks/trl.md",
         group_tokens=max(GROUP_TOKENS, _PACKS_AT_ONCE * max_length),
     )
