@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
-import shlex
-import signal
-import sys
 import traceback
-from types import FrameType
-from typing import NoReturn
 
 import click
 
 from pear_data import __version__
+from pear_data.cli.interrupts import was_interrupted
 from pear_data.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, PearError
+from pear_data.invocation import command, command_line, how_to_go_on
+from pear_data.redaction import redacted
 from pear_data.stages.text import one_line
 
 COMMANDS = (
@@ -62,17 +60,20 @@ def pear_data(ctx: click.Context, debug: bool) -> None:
     ctx.obj = debug
 
 
-def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 error, 2 usage, 3 rows quarantined, 4 mismatch, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    # Read when torch is loaded. Threads that wait by spinning starve each other where another process has a core:
-    # scoring on 2 cores was seen to fall from 29,000 to 1,700 tokens/s.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code; errors are one line on stderr."""
+    name = next((argument for argument in arguments if argument in COMMANDS), None)
+    command.set(command_line(arguments, name))
+    try:
+        code = _run(arguments)
+    except (KeyboardInterrupt, click.Abort):
+        code = None
+    except Exception as error:
+        code = None if was_interrupted() else _failed(error, debug="--debug" in arguments)
+    return _fail(how_to_go_on(arguments, name), EXIT_INTERRUPTED) if code is None else code
+
+
+def _run(arguments: list[str]) -> int:
     try:
         result = pear_data.main(arguments, prog_name="pear-data", standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -80,28 +81,27 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return EXIT_USAGE
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "pear-data"
-        return _fail(f"{error.format_message()} (see `{command} --help`)", EXIT_USAGE)
-    except click.ClickException as error:
-        return _fail(error.format_message(), EXIT_ERROR)
-    except (KeyboardInterrupt, click.Abort):
-        resume = shlex.join(["pear-data", *arguments])
-        return _fail(f"interrupted; finished shards are kept. Resume with: {resume}", EXIT_INTERRUPTED)
     except SystemExit:
         # click exits so when the reader of our output (`| head`) has had enough; nothing is left to tell it.
         return EXIT_OK
-    except PearError as error:
-        return _fail(str(error), error.exit_code, debug="--debug" in arguments)
-    except (OSError, MemoryError) as error:
-        return _fail(_refusal(error), EXIT_ERROR, debug="--debug" in arguments)
-    except Exception as error:
-        reason = (str(error) or "no message").splitlines()[0]
-        where = (
-            f"unexpected {type(error).__name__}: {reason}; run it again with --debug and report the traceback"
-        )
-        return _fail(where, EXIT_ERROR, debug="--debug" in arguments)
     return result if isinstance(result, int) else EXIT_OK
+
+
+def _failed(error: Exception, *, debug: bool) -> int:
+    if isinstance(error, click.UsageError):
+        command_path = error.ctx.command_path if error.ctx else "pear-data"
+        return _fail(f"{error.format_message()} (see `{command_path} --help`)", EXIT_USAGE)
+    if isinstance(error, click.ClickException):
+        return _fail(error.format_message(), EXIT_ERROR)
+    if debug:
+        _echo(redacted(traceback.format_exc().rstrip()))
+    if isinstance(error, PearError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, OSError | MemoryError):
+        return _fail(_refusal(error), EXIT_ERROR)
+    reason = (str(error) or "no message").splitlines()[0]
+    unexpected = f"unexpected {type(error).__name__}: {reason}"
+    return _fail(f"{unexpected}; run it again with --debug and report the traceback", EXIT_ERROR)
 
 
 def _refusal(error: OSError | MemoryError) -> str:
@@ -113,13 +113,12 @@ def _refusal(error: OSError | MemoryError) -> str:
     return f"the system refused ({where}{reason}): mend that and run the same command again"
 
 
-def _fail(message: str, code: int, *, debug: bool = False) -> int:
-    if debug:
-        traceback.print_exc()
+def _fail(message: str, code: int) -> int:
     # A message may quote a corpus, a file's name or a library.
-    click.echo(f"Error: {one_line(' '.join(message.split()))}", err=True)
+    _echo(f"Error: {one_line(redacted(' '.join(message.split())))}")
     return code
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+def _echo(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        click.echo(text, err=True)

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from pear_data.config import first_fault
 from pear_data.errors import EXIT_OK, EXIT_QUARANTINED, UsageError
 from pear_data.progress import Outcome
+from pear_data.redaction import redacted
+from pear_data.stages.text import printable
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Model = TypeVar("Model", bound=BaseModel)
@@ -63,7 +65,7 @@ def build(model: type[Model], values: dict[str, Any]) -> Model:
 def finish(*outcomes: Outcome) -> int:
     """Print what was done and return the exit code: 3 where rows were set aside, else 0."""
     for outcome in outcomes:
-        click.echo(outcome.summary, err=True)
+        click.echo(printable(redacted(outcome.summary)), err=True)
     return EXIT_QUARANTINED if any(outcome.rejected for outcome in outcomes) else EXIT_OK
 
 

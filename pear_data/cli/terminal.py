@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pear_data.redaction import redacted
 from pear_data.stages.text import one_line, printable
 
 
@@ -25,7 +26,7 @@ class TerminalProgress:
         self._start = time.monotonic()
 
     def say(self, line: str) -> None:
-        self._console.print(one_line(line), soft_wrap=True)
+        self._console.print(one_line(redacted(line)), soft_wrap=True)
 
     def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self._title = title
@@ -56,7 +57,7 @@ class TerminalProgress:
             left = (self._total - self._done) / self._speed()
             line += f", {_clock(max(0.0, left))} left"
         if self._bar is None:
-            click.echo(one_line(line), err=True)
+            click.echo(one_line(redacted(line)), err=True)
 
     def end(self) -> None:
         if self._bar is not None:

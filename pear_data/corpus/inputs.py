@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pear_data.errors import PearError, UsageError
+from pear_data.redaction import redacted
 from pear_data.store.commit import TEMP_SUFFIX
 
 STDIN = "-"
@@ -77,7 +78,7 @@ def opened_inputs(corpus: Sequence[str], spool_folder: Path) -> Iterator[list[In
             else:
                 raise UsageError(f"no such file: {given}")
         yield [
-            Input(each.path, name, each.source, _kind(each.path))
+            Input(each.path, name, redacted(each.source), _kind(each.path))
             for each, name in zip(found, _names(found), strict=True)
         ]
 
@@ -157,8 +158,17 @@ def _names(found: list[_Found]) -> list[str]:
         names = ["/".join(each.given.parts[-count:]) for each, count in zip(found, parts, strict=True)]
         counts = Counter(names)
         if len(counts) == len(names):
-            return names
+            return _without_secrets(names)
         parts = [count + (counts[name] > 1) for count, name in zip(parts, names, strict=True)]
+
+
+def _without_secrets(names: list[str]) -> list[str]:
+    """Names for the manifest and sample ids: a file that was downloaded may carry the query of its address."""
+    hidden = [redacted(name) for name in names]
+    for name, count in Counter(hidden).items():
+        if count > 1:
+            raise UsageError(f"{name}: {count} files differ only in a secret in their names: rename them")
+    return hidden
 
 
 def _kind(path: Path) -> Kind:

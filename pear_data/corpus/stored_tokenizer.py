@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pear_data.chat.tokenizers import token_strings
 from pear_data.errors import PearError
+from pear_data.redaction import redacted
 from pear_data.schema import VOCABULARY
 from pear_data.store import Store
 from pear_data.store.commit import TEMP_SUFFIX, atomic_path, operation
@@ -37,7 +38,7 @@ def store_tokenizer(
     ):
         return
     store.manifest.tokenizer = TokenizerEntry(
-        name=name,
+        name=redacted(name),
         fingerprint=fingerprint,
         template_fingerprint=template_fingerprint,
         files=_save_files(store, tokenizer),

@@ -10,6 +10,7 @@ import yaml
 
 from pear_data.engines.base import Engine
 from pear_data.errors import UsageError
+from pear_data.redaction import secret_in
 
 
 def open_engine(
@@ -53,7 +54,7 @@ def open_engine(
 def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
     """`--engine-arg KEY=VALUE`s as keyword arguments, each value read as YAML.
 
-    Raises UsageError for one without '=', with an unreadable value, or with a key given before.
+    Raises UsageError for one without '=', with an unreadable value, with a key given before, or that holds a secret.
     """
     found: dict[str, Any] = {}
     for argument in given:
@@ -67,6 +68,11 @@ def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
             found[key] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise UsageError(f"--engine-arg {argument}: the value is no YAML; put it in quotes") from None
+        if secret := secret_in(key, found[key]):
+            raise UsageError(
+                f"--engine-arg {secret}: this is a secret, and engine arguments are stored with the scores; "
+                "set HF_TOKEN in the environment, or whatever else names it there"
+            )
     return found
 
 

@@ -14,6 +14,7 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
+from pear_data.runners.leaving import leave_signals_to_parent
 from pear_data.runners.served import ServedEngine
 
 Requests = queue.SimpleQueue[Any]
@@ -21,6 +22,7 @@ Requests = queue.SimpleQueue[Any]
 
 def serve(descriptor: int) -> None:
     """Serve one engine over the socket until it is closed."""
+    leave_signals_to_parent()
     os.set_inheritable(descriptor, False)  # a child of the engine's must not hold it open
     parent = Connection(descriptor)
     requests: Requests = queue.SimpleQueue()

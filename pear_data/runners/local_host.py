@@ -16,6 +16,7 @@ from typing import Any
 
 from pear_data.engines.base import OnTokens
 from pear_data.engines.vllm_process import output_is_wanted
+from pear_data.redaction import redacted
 from pear_data.runners.base import EngineLostError, Facts, Floats, OpenEngine
 from pear_data.runners.served import Trouble
 from pear_data.tokens import TokenBatch
@@ -128,7 +129,7 @@ class LocalHost:
         tail = os.pread(self._log.fileno(), _LAST_WORDS, max(0, size - _LAST_WORDS))
         lines = tail.decode(errors="replace").split("\n")
         words = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"{how}; its last words: {words}" if words else how
+        return f"{how}; its last words: {redacted(words)}" if words else how
 
 
 def _module_path() -> str:

@@ -14,6 +14,7 @@ from typing import NoReturn
 from pear_data import errors
 from pear_data.engines.base import Engine, OnTokens
 from pear_data.errors import PearError
+from pear_data.redaction import redacted
 from pear_data.runners.base import EngineFailedError, Facts, Floats, OpenEngine
 from pear_data.tokens import TokenBatch
 
@@ -31,10 +32,10 @@ class Trouble:
 
     @classmethod
     def of(cls, error: Exception) -> Trouble:
-        trace = "".join(traceback.format_exception(error))
+        trace = redacted("".join(traceback.format_exception(error)))
         if isinstance(error, PearError):
-            return cls(type(error).__name__, str(error), trace)
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+            return cls(type(error).__name__, redacted(str(error)), trace)
+        reason = redacted(f"{type(error).__name__}: {_first_line(error)}")
         if _out_of_memory(error):
             return cls("", f"out of memory ({reason})", trace, usable=True)
         # An engine refuses a sample it cannot take with a ValueError, before it starts (`Engine.score`).

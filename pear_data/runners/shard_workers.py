@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
@@ -16,6 +15,7 @@ from typing import Literal, TypeVar
 from pear_data.allocator import stay_small, take_arrow_memory_from_heap
 from pear_data.errors import PearError
 from pear_data.runners.base import EngineLostError
+from pear_data.runners.leaving import leave_signals_to_parent
 from pear_data.store.manifest import MANIFEST_NAME
 
 Job = TypeVar("Job")
@@ -84,7 +84,7 @@ def _in_processes(
 
 def _begin_worker() -> None:
     stay_small()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all; the parent decides
+    leave_signals_to_parent()
     parent = multiprocessing.parent_process()
     assert parent is not None
 

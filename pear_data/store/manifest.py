@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from pear_data.errors import MismatchError, PearError
+from pear_data.redaction import redacted_values
 from pear_data.schema import FORMAT_VERSION
 
 MANIFEST_NAME = "manifest.json"
@@ -81,6 +82,11 @@ class Stage(_Entry):
     decisions: dict[str, Any] = Field(
         default_factory=dict, description="What was recognised or chosen along the way, for people to read."
     )
+
+    @field_serializer("decisions")
+    def _without_secrets(self, decisions: dict[str, Any]) -> dict[str, Any]:
+        """They quote what people named and what engines said."""
+        return redacted_values(decisions)
 
     @property
     def files(self) -> list[FileEntry]:

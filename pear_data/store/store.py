@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pear_data import __version__
 from pear_data.errors import MismatchError, PearError, UsageError
+from pear_data.redaction import redacted_values
 from pear_data.schema import FORMAT_VERSION
 from pear_data.store.commit import TEMP_SUFFIX, sha256_of, sweep_leftovers, write_atomically
 from pear_data.store.lock import LOCK_NAME, exclusive
@@ -156,6 +157,7 @@ class Store:
             MismatchError: the stage exists with other settings; names each field that differs.
             UsageError: another stage's name differs from this one only in case.
         """
+        settings = redacted_values(settings)
         alike = next((other for other in self.manifest.stages if other.lower() == key.lower()), key)
         if alike != key:
             raise UsageError(

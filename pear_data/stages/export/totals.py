@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pear_data import __version__
 from pear_data.config import ExportSettings
+from pear_data.redaction import redacted
 from pear_data.stages.export.formats import Format
 from pear_data.stages.export.manifest import ExportedFile, ExportManifest, LiveSettings, Split
 from pear_data.store import Store
@@ -53,7 +54,7 @@ def manifest_of(
         weights_sha256=weights,
         max_length=settings.max_length,
         eval_fraction=settings.eval_fraction,
-        where=settings.where,
+        where=redacted(settings.where) if settings.where else None,
         shard_tokens=settings.shard_tokens,
         live=live[0],
         live_sha256=live[1],
