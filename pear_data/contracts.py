@@ -20,6 +20,7 @@ from pear_data.schema import ARTEFACTS, FORMAT_VERSION
 from pear_data.stages.compare import Comparison
 from pear_data.stages.export import ExportManifest
 from pear_data.stages.statistics import WeightingStatistics
+from pear_data.store.log import Event
 from pear_data.store.manifest import FileEntry, Manifest, Shard, Stage, TokenizerEntry
 from pear_data.store.view_sql import view_statements
 
@@ -29,6 +30,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # File name: (type, "serialization" for what pear-data writes, "validation" for what people write).
 MODELS: dict[str, tuple[Any, Mode]] = {
     "manifest": (Manifest, "serialization"),
+    "log_event": (Event, "serialization"),
     "statistics": (list[WeightingStatistics], "serialization"),
     "comparison": (Comparison, "serialization"),
     "pear_export": (ExportManifest, "serialization"),

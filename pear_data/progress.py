@@ -22,6 +22,10 @@ class Progress(Protocol):
         """One line for people: what was recognised, chosen or set aside."""
         ...
 
+    def note(self, line: str) -> None:
+        """One line for the log alone: what people need only where they look for a cause."""
+        ...
+
     def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
         """Start counting `unit`s up to `total` (None: unknown), `done` of which an earlier run did."""
         ...
@@ -30,8 +34,8 @@ class Progress(Protocol):
         """`count` more units are done; fewer where it is negative, because work was lost."""
         ...
 
-    def shard(self, name: str, note: str) -> None:
-        """A shard is committed."""
+    def shard(self, name: str, note: str, *, seconds: float | None = None, worker: int | None = None) -> None:
+        """A shard is committed, that took `seconds` in process `worker`."""
         ...
 
     def end(self) -> None:
@@ -44,11 +48,15 @@ class Silent:
 
     def say(self, line: str) -> None: ...
 
+    def note(self, line: str) -> None: ...
+
     def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None: ...
 
     def advance(self, count: int) -> None: ...
 
-    def shard(self, name: str, note: str) -> None: ...
+    def shard(
+        self, name: str, note: str, *, seconds: float | None = None, worker: int | None = None
+    ) -> None: ...
 
     def end(self) -> None: ...
 
@@ -64,6 +72,10 @@ class OneAtATime:
         with self._lock:
             self._progress.say(line)
 
+    def note(self, line: str) -> None:
+        with self._lock:
+            self._progress.note(line)
+
     def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
         with self._lock:
             self._progress.begin(title, total, unit, done=done)
@@ -72,9 +84,9 @@ class OneAtATime:
         with self._lock:
             self._progress.advance(count)
 
-    def shard(self, name: str, note: str) -> None:
+    def shard(self, name: str, note: str, *, seconds: float | None = None, worker: int | None = None) -> None:
         with self._lock:
-            self._progress.shard(name, note)
+            self._progress.shard(name, note, seconds=seconds, worker=worker)
 
     def end(self) -> None:
         with self._lock:

@@ -28,6 +28,8 @@ class TerminalProgress:
     def say(self, line: str) -> None:
         self._console.print(one_line(redacted(line)), soft_wrap=True)
 
+    def note(self, line: str) -> None: ...
+
     def begin(self, title: str, total: int | None, unit: str, *, done: int = 0) -> None:
         self._title = title
         self._total, self._unit, self._done, self._earlier = total, unit, done, done
@@ -51,7 +53,7 @@ class TerminalProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=count, speed=f"{self._speed():,.0f} {self._unit}/s")
 
-    def shard(self, name: str, note: str) -> None:
+    def shard(self, name: str, note: str, *, seconds: float | None = None, worker: int | None = None) -> None:
         line = f"{self._title} {name}: {note}, {self._speed():,.0f} {self._unit}/s"
         if self._total is not None and self._speed() > 0:
             left = (self._total - self._done) / self._speed()

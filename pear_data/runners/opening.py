@@ -19,7 +19,9 @@ OpenHost = Callable[[], Host]
 
 
 @contextlib.contextmanager
-def open_scorer(settings: ScoreSettings, say: Callable[[str], None]) -> Iterator[ScorerPool]:
+def open_scorer(
+    settings: ScoreSettings, say: Callable[[str], None], note: Callable[[str], None] = lambda line: None
+) -> Iterator[ScorerPool]:
     """The engines that `settings` ask for, starting; `ready` waits for them. They are closed at the end.
 
     Raises:
@@ -41,7 +43,7 @@ def open_scorer(settings: ScoreSettings, say: Callable[[str], None]) -> Iterator
     )
     with contextlib.ExitStack() as stack:
         hosts = _on_ray(engine, settings, stack) if settings.runner == "ray" else _here(engine, settings)
-        pool = ScorerPool([SupervisedScorer(open_host, say) for open_host in hosts], say)
+        pool = ScorerPool([SupervisedScorer(open_host, say, note) for open_host in hosts], say)
         stack.callback(pool.close)
         yield pool
 

@@ -28,11 +28,17 @@ class SupervisedScorer:
     Args:
         open_host: starts an engine, the first and every one after it, without waiting for it.
         say: told when an engine is started again, and why.
+        note: told when a batch is halved, and why.
     """
 
-    def __init__(self, open_host: Callable[[], Host], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        open_host: Callable[[], Host],
+        say: Callable[[str], None],
+        note: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._open_host = open_host
-        self._say = say
+        self._say, self._note = say, note
         self._host = open_host()
         self._facts: Facts | None = None
         self._failed_in_a_row = 0
@@ -98,6 +104,9 @@ class SupervisedScorer:
                     on_tokens(int(batch.num_tokens[start]))
                     self._count_failure(batch.sample_ids[start], error)
                 else:
+                    self._note(
+                        f"The {end - start} samples from {batch.sample_ids[start]} on failed ({error}) and are halved."
+                    )
                     middle = (start + end) // 2
                     left += [(middle, end, False), (start, middle, False)]
             else:

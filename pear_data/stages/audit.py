@@ -18,6 +18,7 @@ from pear_data.schema import STATUS_OK
 from pear_data.stages.alignment import aligned_row_groups, aligned_shards
 from pear_data.stages.audit_reference import PlainFloat32
 from pear_data.stages.histogram import Histogram
+from pear_data.stages.logged import logged
 from pear_data.stages.noise import DECISION, HALF, Audit, noise_limit, smaller_clip
 from pear_data.stages.spread import GroupLengths, by_group, spread_rows
 from pear_data.stages.text import one_line
@@ -37,8 +38,12 @@ def audit_policy(store: Store, settings: ScoreSettings, progress: Progress) -> O
         MismatchError: the model is not the one that scored the policy, or an artefact changed on disk.
         PearError: the model cannot be loaded in float32, or its log-probs are not finite.
     """
-    assert settings.audit is not None
     key = f"scores/{settings.policy}"
+    return logged(store, [key], progress, lambda progress: _audit(store, key, settings, progress))
+
+
+def _audit(store: Store, key: str, settings: ScoreSettings, progress: Progress) -> Outcome:
+    assert settings.audit is not None
     stage = store.complete_stage(key)
     model = _checked_model(settings, stage)
     places = spread_rows(lambda: _lengths(store, key), settings.audit)

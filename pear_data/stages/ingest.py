@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -24,6 +25,7 @@ from pear_data.progress import Outcome, Progress
 from pear_data.resources import resolve
 from pear_data.stages.ingest_batches import BATCH_BYTES, ROWS, Batch, tokenized_batches
 from pear_data.stages.ingest_shard import shard_writer
+from pear_data.stages.logged import logged
 from pear_data.store import Store
 from pear_data.store.manifest import CORPUS, Cursor, Stage
 
@@ -53,6 +55,10 @@ def ingest(store: Store, settings: IngestSettings, progress: Progress) -> Outcom
         MismatchError: the store holds another corpus, or this one made with other settings.
         PearError: a file is damaged, an id occurs twice, too many rows are rejected, or the disk refused.
     """
+    return logged(store, [CORPUS], progress, lambda progress: _ingest(store, settings, progress))
+
+
+def _ingest(store: Store, settings: IngestSettings, progress: Progress) -> Outcome:
     if (settings.prompt_field is None) != (settings.response_field is None):
         raise UsageError("--prompt-field and --response-field go together: give both")
     tokenizer = load_tokenizer(
@@ -188,6 +194,7 @@ def _write_shards(
     try:
         batch = next(batches, None)
         while batch is not None:
+            start = time.monotonic()
             name = f"part-{len(stage.shards):05d}"
             with shard_writer(store, name) as writer:
                 # Rows rejected behind a full shard stay with it: no shard is without samples.
@@ -204,7 +211,8 @@ def _write_shards(
                         "Parquet or a saved dataset"
                     )
             store.commit(CORPUS, writer.entry())
-            progress.shard(name, f"{writer.num_samples:,} samples, {writer.quarantined:,} rows quarantined")
+            note = f"{writer.num_samples:,} samples, {writer.quarantined:,} rows quarantined"
+            progress.shard(name, note, seconds=time.monotonic() - start)
             if writer.quarantined:
                 progress.say(
                     f"{name}: {writer.quarantined:,} rows quarantined, the first {writer.first_rejected}"

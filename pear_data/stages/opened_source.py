@@ -39,7 +39,7 @@ def open_source(store: Store, settings: ScoreSettings, progress: Progress) -> It
         return
     assert settings.model is not None
     model = resolve(settings.model)
-    with open_scorer(settings, progress.say) as scorer:
+    with open_scorer(settings, progress.say, progress.note) as scorer:
         # The engines load their model meanwhile.
         if foreign:
             text = foreign_text(store, model, settings)

@@ -12,6 +12,7 @@ from pear_data.config import ScoreSettings
 from pear_data.errors import PearError
 from pear_data.progress import OneAtATime, Outcome, Progress
 from pear_data.schema import STATUS_OK
+from pear_data.stages.logged import Timed, logged
 from pear_data.stages.opened_source import open_source
 from pear_data.stages.score_shard import Failure, score_shard
 from pear_data.stages.sources import SHOWN_REASONS, PolicySource
@@ -69,9 +70,12 @@ def score_policy(
         UsageError, MismatchError: as `open_source` and `score`.
     """
     store.complete_stage(CORPUS)
-    progress = OneAtATime(progress)
-    with open_source(store, settings, progress) as source:
-        return score(store, settings, source, progress, overwrite=overwrite)
+
+    def work(progress: Progress) -> Outcome:
+        with open_source(store, settings, progress) as source:
+            return score(store, settings, source, progress, overwrite=overwrite)
+
+    return logged(store, [f"scores/{settings.policy}"], progress, work)
 
 
 def _score_shards(
@@ -81,12 +85,15 @@ def _score_shards(
     stopping = threading.Event()
     source = replace(source, check_batch=_guarded(source.check_batch, stopping))
     with ThreadPoolExecutor(source.workers) as threads:
-        scoring = [threads.submit(score_shard, store, key, shard, source, progress) for shard in pending]
+        timed = Timed(score_shard)
+        scoring = [threads.submit(timed, store, key, shard, source, progress) for shard in pending]
         try:
             for scored in as_completed(scoring):
-                entry, failures = scored.result()
+                took = scored.result()
+                entry, failures = took.result
                 store.commit(key, entry)
-                progress.shard(entry.name, f"{entry.rows} samples, {entry.num_scored} scored tokens")
+                note = f"{entry.rows} samples, {entry.num_scored} scored tokens"
+                progress.shard(entry.name, note, seconds=took.seconds)
                 say_failures(entry, failures, progress)
         except BaseException:
             # Or the threads would score on to the end of their shards.

@@ -14,6 +14,7 @@ from pear_data.progress import Outcome, Progress
 from pear_data.runners.shard_workers import default_workers, run_shards
 from pear_data.schema import STATUS_UNSCORED
 from pear_data.stages.alignment import AlignedShard, aligned_shards
+from pear_data.stages.logged import Timed, logged
 from pear_data.stages.spans import ALIGNED_BY_BYTES, spanned_policies
 from pear_data.stages.text_blocks import open_block_cutter
 from pear_data.stages.weigh_shard import sum_log_ratios, sum_weights, weigh_shard
@@ -44,11 +45,15 @@ def weight_all(
         MismatchError: a weighting exists with other settings, or an artefact changed on disk.
         PearError: a worker was killed, the disk refused, or Ray has no room.
     """
-    try:
-        return _weight_all(store, weightings, progress, overwrite)
-    except BaseException:
-        _forget_empty(store, weightings)
-        raise
+
+    def work(progress: Progress) -> list[Outcome]:
+        try:
+            return _weight_all(store, weightings, progress, overwrite)
+        except BaseException:
+            _forget_empty(store, weightings)
+            raise
+
+    return logged(store, [f"weights/{settings.stored_name}" for settings in weightings], progress, work)
 
 
 def _weight_all(
@@ -233,12 +238,13 @@ def _weigh(store: Store, jobs: Sequence[WeightJob], settings: WeightSettings, pr
     tokens = {job.name: job.target.num_scored for job in jobs}
     progress.begin(", ".join(names), sum(tokens.values()), "tokens")
     try:
-        with contextlib.closing(_run(weigh_shard, jobs, settings)) as weighed:
-            for entries in weighed:
-                for key, entry in entries.items():
+        with contextlib.closing(_run(Timed(weigh_shard), jobs, settings)) as weighed:
+            for took in weighed:
+                for key, entry in took.result.items():
                     store.commit(key, entry)
                 progress.advance(tokens[entry.name])
-                progress.shard(entry.name, f"{entry.rows} samples")
+                note = f"{entry.rows} samples"
+                progress.shard(entry.name, note, seconds=took.seconds, worker=took.process)
     finally:
         progress.end()
 

@@ -83,7 +83,7 @@ class Saboteur(Silent):
         self.said = []
         self.thread = threading.Thread(target=self.strike)
 
-    def shard(self, name, note):
+    def shard(self, name, note, **how):
         if not self.killed and not self.thread.is_alive():
             self.thread.start()
 

@@ -50,7 +50,7 @@ class Killer(Silent):
     def say(self, line):
         self.said.append(line)
 
-    def shard(self, name, note):
+    def shard(self, name, note, **how):
         if not self.before:
             self.before = engines()
             os.kill(self.before[0], signal.SIGKILL)
