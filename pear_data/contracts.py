@@ -20,6 +20,7 @@ from pear_data.schema import ARTEFACTS, FORMAT_VERSION
 from pear_data.stages.compare import Comparison
 from pear_data.stages.export import ExportManifest
 from pear_data.stages.statistics import WeightingStatistics
+from pear_data.stages.status import StoreStatus
 from pear_data.store.log import Event
 from pear_data.store.manifest import FileEntry, Manifest, Shard, Stage, TokenizerEntry
 from pear_data.store.view_sql import view_statements
@@ -31,6 +32,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 MODELS: dict[str, tuple[Any, Mode]] = {
     "manifest": (Manifest, "serialization"),
     "log_event": (Event, "serialization"),
+    "status": (StoreStatus, "serialization"),
     "statistics": (list[WeightingStatistics], "serialization"),
     "comparison": (Comparison, "serialization"),
     "pear_export": (ExportManifest, "serialization"),

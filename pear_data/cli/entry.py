@@ -20,6 +20,7 @@ COMMANDS = (
     "ingest",
     "score",
     "weight",
+    "status",
     "stats",
     "compare",
     "sql",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from pear_data.redaction import redacted
-from pear_data.stages.text import one_line, printable
+from pear_data.stages.text import clock, one_line, printable
 
 
 class TerminalProgress:
@@ -57,7 +57,7 @@ class TerminalProgress:
         line = f"{self._title} {name}: {note}, {self._speed():,.0f} {self._unit}/s"
         if self._total is not None and self._speed() > 0:
             left = (self._total - self._done) / self._speed()
-            line += f", {_clock(max(0.0, left))} left"
+            line += f", {clock(max(0.0, left))} left"
         if self._bar is None:
             click.echo(one_line(redacted(line)), err=True)
 
@@ -79,8 +79,3 @@ class PrintableSink:
     def write(self, data: bytes) -> int:
         self._terminal.write(printable(data.decode()).encode())
         return len(data)
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -22,3 +22,9 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`text` without control characters, newlines shown as ⏎ and tabs as →."""
     return text.translate(_ONE_LINE)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as H:MM:SS."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

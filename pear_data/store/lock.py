@@ -53,3 +53,26 @@ def _is_still_there(file: IO[bytes], path: Path) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
+
+
+def holder(folder: Path, locks: Path = Path("/proc/locks")) -> int | None:
+    """Process id of the writer at work in a folder, as it calls itself; None where there is none on this machine.
+
+    Nothing is locked for it: a writer that begins meanwhile must not be turned away.
+    """
+    try:
+        path = folder / LOCK_NAME
+        there, name = path.stat(), path.read_bytes().decode().strip()
+        held = locks.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    device = f"{os.major(there.st_dev):02x}:{os.minor(there.st_dev):02x}:{there.st_ino}"
+    for line in held:
+        # 1: FLOCK  ADVISORY  WRITE 9688 fe:00:2238080 0 EOF
+        fields = line.split()
+        if "FLOCK" in fields and name.isdecimal() and len(fields) >= 6:
+            # Some file systems give files another device than themselves.
+            same_inode = fields[-3].rpartition(":")[2] == str(there.st_ino)
+            if fields[-3] == device or (same_inode and fields[-4] == name):
+                return int(name)
+    return None
