@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -72,12 +71,14 @@ class _Run:
 
     started: Started | None = None
     ended: Ended | None = None
-    counting: Counting | None = None  # of tokens
     last: datetime | None = None
-    last_shard: datetime | None = None
     said: str | None = None
-    tokens: int = 0
     unreadable: int = 0
+    begun: datetime | None = None  # the count of tokens
+    # Of the last count in which a shard was done, also where a later run has not got that far:
+    since: datetime | None = None
+    last_shard: datetime | None = None
+    tokens: int = 0
 
     def take(self, event: Event | None) -> None:
         if event is None:
@@ -86,10 +87,12 @@ class _Run:
         self.last = event.time
         match event:
             case Started():
-                self.started, self.ended, self.counting, self.said = event, None, None, None
+                self.started, self.ended, self.begun, self.said = event, None, None, None
             case Counting() if event.unit == "tokens":
-                self.counting, self.tokens, self.last_shard = event, 0, None
+                self.begun = event.time
             case ShardDone():
+                if self.since != self.begun:
+                    self.since, self.tokens = self.begun, 0
                 self.tokens += event.tokens
                 self.last_shard = event.time
             case Said(event="said"):
@@ -101,11 +104,16 @@ class _Run:
 
     @property
     def speed(self) -> float | None:
-        """Tokens per second of the last run that counted any."""
-        if self.counting is None or self.last_shard is None:
+        """Tokens per second of the last run that finished a shard."""
+        if self.since is None or self.last_shard is None:
             return None
-        seconds = (self.last_shard - self.counting.time).total_seconds()
+        seconds = (self.last_shard - self.since).total_seconds()
         return self.tokens / seconds if seconds > 0 else None
+
+    def in_work(self, now: datetime) -> float:
+        """Seconds that the run at work has worked since its last shard, or its beginning."""
+        since = max(filter(None, (self.last_shard, self.begun)), default=now)
+        return max(0.0, (now - since).total_seconds())
 
 
 def store_status(store: Store, now: datetime | None = None) -> StoreStatus:
@@ -241,5 +249,4 @@ def _seconds_left(
         return 0.0
     if tokens is None or not speed:
         return None
-    since = (now - run.last_shard).total_seconds() if running and run.last_shard else 0.0
-    return round(max(0.0, tokens / speed - max(0.0, since)), 1) if math.isfinite(tokens / speed) else None
+    return round(max(0.0, tokens / speed - (run.in_work(now) if running else 0.0)), 1)
