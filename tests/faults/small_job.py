@@ -137,7 +137,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in files
-        if path.name != ".lock" and path.parent.name != "logs"
+        if path.name != ".lock" and "logs" not in path.relative_to(folder).parts
     }
 
 
