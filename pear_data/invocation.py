@@ -12,7 +12,7 @@ from pear_data.redaction import redacted
 _STORE = "PEAR_STORE"
 _STEPS = ("ingest", "score", "weight", "report", "export")
 # Commands that keep what they have done, and go on behind it.
-RESUMABLE = ("ingest", "score", "weight", "migrate", "run", "demo")
+RESUMABLE = ("ingest", "score", "weight", "migrate", "quarantine", "run", "demo")
 
 # Where a program calls the stages, there is none.
 command: ContextVar[str | None] = ContextVar("command", default=None)

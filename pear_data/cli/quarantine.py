@@ -87,11 +87,22 @@ def retry(store: Path, mended: Path | None, **options: Any) -> int:
 
 def _retried(store: Any, mended: Path | None, settings: ScoreSettings) -> Outcome:
     from pear_data.cli.terminal import TerminalProgress
+    from pear_data.stages.logged import logged
+    from pear_data.store.manifest import CORPUS
 
     if mended is None:
         from pear_data.stages.rescore import rescore_policy
 
-        return rescore_policy(store, settings, TerminalProgress())
+        key = f"scores/{settings.policy}"
+        return logged(
+            store, [key], TerminalProgress(), lambda progress: rescore_policy(store, settings, progress)
+        )
     from pear_data.stages.mend import mend
 
-    return mend(store, mended, TerminalProgress(), trust_remote_code=settings.trust_remote_code)
+    trusted = settings.trust_remote_code
+    return logged(
+        store,
+        [CORPUS],
+        TerminalProgress(),
+        lambda progress: mend(store, mended, progress, trust_remote_code=trusted),
+    )
