@@ -73,6 +73,8 @@ def _row_kernel(
     outputs += row.to(tl.int64) * stride
     target = tl.load(targets + row)
     columns = tl.arange(0, BLOCK)
+    # A target outside the vocabulary makes the row NaN: nothing can be raised from here.
+    fault = tl.where((target >= 0) & (target < vocabulary), 0.0, float("nan"))
 
     largest = float("-inf")
     total = 0.0
@@ -92,10 +94,10 @@ def _row_kernel(
         total = total * tl.exp(largest - now) + tl.sum(tl.exp(logit - now))
         largest = now
     logsumexp = largest + tl.log(total)
-    tl.store(nll + row, logsumexp - chosen)
+    tl.store(nll + row, logsumexp - chosen + fault)
 
     if GRADIENTS:
-        weight = tl.load(weights + row) * logit_scale
+        weight = tl.load(weights + row) * logit_scale + fault
         for start in range(0, vocabulary, BLOCK):
             column = start + columns
             known = column < vocabulary

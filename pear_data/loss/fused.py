@@ -27,9 +27,10 @@ from pear_data.loss.fused_gradients import GradientSums
 WeightsOfRows = Callable[[Tensor, Tensor], Tensor]
 
 # By bytes of a logit. Smaller chunks spend their time on adding to the head's gradient, which is as large as the head.
-# In 16 bits every chunk rounds its product, and a single chunk needs no sums in float32.
-_CHUNK_ROWS = {2: 2048, 4: 512, 8: 256}
-_CUDA_CHUNK_BYTES = 768 << 20
+# In 16 bits a CPU rounds every chunk's product, and nowhere does a single chunk need sums in float32: as large as fits
+# in the bytes below, then.
+_CHUNK_ROWS = {2: 2048, 4: 256, 8: 256}
+_LARGE_CHUNK_BYTES = 768 << 20
 _ROWS_OF_A_TILE = 128
 
 
@@ -62,14 +63,15 @@ def linear_weighted_nll(
     only ignored rows are left out.
 
     Gradients are made in the forward pass and serve one backward pass; a second one (`retain_graph=True`) raises
-    RuntimeError. Leaving rows out asks the device once how many remain: the one wait of host for device, which saves a
-    third of the work where a third is masked. `backend` gives the work to another library (see `backends`).
-    `chunk_rows` fixes how many rows go through the head at once; by default 512, in 16 bits 2,048, and on CUDA more, as
-    long as their logits fit in 768 MiB. Over several chunks a head of 16 bits has its gradient summed in float32, which
-    until the backward pass takes twice the memory of the gradient.
+    RuntimeError, and so does `create_graph=True`. Leaving rows out asks the device once how many remain: the one wait
+    of host for device, which saves a third of the work where a third is masked. `backend` gives the work to another
+    library (see `backends`). `chunk_rows` fixes how many rows go through the head at once; by default 256, in 16 bits
+    and on CUDA more, as long as their logits fit in 768 MiB. Over several chunks a head of 16 bits has its gradient
+    summed in float32, which until the backward pass takes twice the memory of the gradient.
 
     Raises ValueError for shapes, dtypes and devices that do not fit together, an unknown backend, and a sharded head (a
-    DTensor): call this inside the forward of the module that FSDP gathers.
+    DTensor): call this inside the forward of the module that FSDP gathers. A target outside the vocabulary raises
+    torch's own RuntimeError on a CPU, and makes the loss and its gradients NaN in the CUDA kernel.
     """
     _require_fit(hidden, head, targets, weights, bias)
     if isinstance(weights, Tensor):
@@ -161,6 +163,8 @@ class _LinearWeightedNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear_weighted_nll has no gradients of gradients: leave create_graph=False")
         if ctx.gradients is None:
             raise RuntimeError(
                 "linear_weighted_nll makes its gradients for one backward pass: call it again for another"
@@ -176,8 +180,8 @@ def _chunks(weight: Tensor, rows: Tensor, chunk_rows: int | None) -> tuple[Tenso
     size = chunk_rows
     if size is None:
         size = _CHUNK_ROWS[weight.element_size()]
-        if weight.is_cuda:
-            size = max(size, _CUDA_CHUNK_BYTES // (len(weight) * weight.element_size()))
+        if weight.is_cuda or weight.element_size() == 2:
+            size = max(size, _LARGE_CHUNK_BYTES // (len(weight) * weight.element_size()))
         even = math.ceil(len(rows) / math.ceil(len(rows) / size))
         size = min(size, math.ceil(even / _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE)
     return torch.split(rows, size)

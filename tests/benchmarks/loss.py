@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import torch
 from live_step import print_live_overhead
 from loss_methods import METHODS, Shape
 from loss_process import Gradients, Measured, MethodProcess, save_exact_gradients
@@ -72,7 +73,7 @@ def compare(
     console.print(f"\n{case}; {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds")
     console.print(_table(found))
     for method, reason in missing.items():
-        console.print(f"{method}: not run: {reason}")
+        console.print(f"{method}: {reason}", markup=False)
     return found
 
 
@@ -139,11 +140,14 @@ def _bounds_of_errors(case: Case, found: dict[str, Measured]) -> list[tuple[str,
     """Against float64 in float32, against full logits' own error in 16 bits."""
     ours, whole = found["ours"].gradients, found[BASELINE].gradients if BASELINE in found else None
     assert ours is not None
-    if case.dtype == "float32":
+    if case.dtype == "float32" and case.device == "cpu":
         return [("largest error", max(one.largest for one in ours.values()), 1e-6)]
     if whole is None:
         return []
-    return [(f"error of {name} over full logits'", ours[name].rms / whole[name].rms, 1.0) for name in ours]
+    # The same roundings in another order of sums: alike to two decimals.
+    return [
+        (f"x full logits' error, {name}", round(ours[name].rms / whole[name].rms, 2), 1.0) for name in ours
+    ]
 
 
 def _judged(words: str, value: float | None, bound: float) -> str:
@@ -179,6 +183,10 @@ def main(
     live: bool,
 ) -> None:
     console = Console(width=120)
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise click.UsageError("there is no CUDA device here")
+        console.print(torch.cuda.get_device_name())
     usual = SHAPES[device]
     shape = Shape(rows or usual.rows, vocabulary or usual.vocabulary, width or usual.width)
     for dtype in dtypes or DTYPES[device]:

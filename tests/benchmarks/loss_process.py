@@ -42,7 +42,7 @@ class Measured:
 
 
 class MethodProcess:
-    """`reason`: why the method cannot run here, or None."""
+    """`reason`: that the method cannot run here or failed, and why; or None."""
 
     def __init__(self, method: str, exact: Path, *case: object) -> None:
         context = multiprocessing.get_context("spawn")
@@ -54,8 +54,8 @@ class MethodProcess:
         self.peak = 0
         self.gradients: Gradients | None = None
         first = self._pipe.recv()
-        if isinstance(first, MissingError):
-            self.reason = str(first)
+        if isinstance(first, str):
+            self.reason = first
         else:
             self.peak, self.gradients = first
 
@@ -105,10 +105,14 @@ def _serve(
         del tiny
         problem = shape.problem(getattr(torch, dtype), device, masked)
         step = step_of(method, problem)
-        peak = _peak_of(step, device)
+        peak = peak_of(step, device)
         pipe.send((peak, None if method == "floor" else _errors(problem, exact)))
     except MissingError as reason:
-        pipe.send(reason)
+        pipe.send(f"not run: {reason}")
+        return
+    except Exception as error:
+        # One that fails here must not end the others' run.
+        pipe.send(f"failed: {type(error).__name__}: {error}")
         return
     problem.forget_gradients()
     while steps := pipe.recv():
@@ -132,7 +136,7 @@ def _finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _peak_of(step: Step, device: str) -> int:
+def peak_of(step: Step, device: str) -> int:
     """Bytes of a step beyond what was there before it."""
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -156,13 +160,13 @@ def _resident(field: str) -> int:
 def _errors(problem: Problem, exact: Path) -> Gradients:
     right = torch.load(exact, mmap=True, map_location="cpu")
     return {
-        name: _error(one.grad, right[name])
+        name: error_of(one.grad, right[name])
         for name, one in (("hidden", problem.hidden), ("head", problem.head))
         if one.grad is not None
     }
 
 
-def _error(found: Tensor, right: Tensor) -> Error:
+def error_of(found: Tensor, right: Tensor) -> Error:
     """In tiles, on the device of `found`."""
     wrong = size = largest_wrong = largest = 0.0
     for start in range(0, len(right), TILE):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
+for folder in ("reference", "unit/loss", "benchmarks"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
 collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
