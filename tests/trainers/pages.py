@@ -1,4 +1,4 @@
-"""The hooks' pages, as users copy from them."""
+"""The hooks' pages and README, as users copy from them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
-_PAGES = Path(__file__).parents[2] / "pear_data" / "hooks"
+_ROOT = Path(__file__).parents[2]
 
 
 def blocks(page: str, language: str = "") -> list[str]:
     """The code blocks of a language; of none, the export commands."""
-    text = (_PAGES / f"{page}.md").read_text(encoding="utf-8")
+    folder = _ROOT if page == "README" else _ROOT / "pear_data" / "hooks"
+    text = (folder / f"{page}.md").read_text(encoding="utf-8")
     found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     return [block for name, block in found if name == language]
 

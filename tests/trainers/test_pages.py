@@ -84,6 +84,10 @@ def test_transformers(samples: list[Sample]) -> None:
         assert largest_difference(trained(code, names), expected) <= TOLERANCE
 
 
+def test_readme_has_the_page_on_transformers() -> None:
+    assert blocks("transformers", "python")[0] in blocks("README", "python")
+
+
 def test_loops(samples: list[Sample]) -> None:
     labels = sum(sample.num_scored for sample in samples)
     expected = expected_step(samples, labels)

@@ -214,7 +214,7 @@ def test_a_fused_step_is_the_formula(name: str, layout: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["padded", "packs"])
 @pytest.mark.parametrize("level", ["token", "block", "sequence"])
 def test_live_weights_of_the_initial_policy_are_the_frozen_ones(
     level: Any, layout: str, fused: bool, tmp_path: Path
@@ -293,15 +293,13 @@ def test_lora(tmp_path: Path) -> None:
     assert largest_difference(found, expected) <= TOLERANCE
 
 
-def test_gradient_checkpointing_and_compilation(tmp_path: Path) -> None:
-    expected = expected_parameters(make_model(), ROWS, 1 / divisor_of("tokens", ROWS))
-    torch._dynamo.reset()
-    for changes in (
-        {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "eager"},
-    ):
-        found = train(PearTrainer, attach(make_model(), fused=True), ROWS, "packs", tmp_path, **changes)
-        assert largest_difference(found, expected) <= TOLERANCE
+def test_gradient_checkpointing(tmp_path: Path) -> None:
+    model = make_model()
+    expected = expected_parameters(model, ROWS, 1 / divisor_of("tokens", ROWS))
+    found = train(
+        PearTrainer, attach(model, fused=True), ROWS, "packs", tmp_path, gradient_checkpointing=True
+    )
+    assert largest_difference(found, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["logits", "fused"])
