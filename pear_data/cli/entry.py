@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import traceback
 
 import click
 
 from pear_data import __version__
 from pear_data.cli.interrupts import was_interrupted
-from pear_data.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, PearError
+from pear_data.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE, PearError, StuckError
 from pear_data.invocation import command, command_line, how_to_go_on
 from pear_data.redaction import redacted
 from pear_data.stages.text import one_line
@@ -69,6 +70,10 @@ def run(arguments: list[str]) -> int:
         code = _run(arguments)
     except (KeyboardInterrupt, click.Abort):
         code = None
+    except StuckError as error:
+        _fail(str(error), error.exit_code)
+        # Python would wait for the thread for ever.
+        os._exit(error.exit_code)
     except Exception as error:
         code = None if was_interrupted() else _failed(error, debug="--debug" in arguments)
     return _fail(how_to_go_on(arguments, name), EXIT_INTERRUPTED) if code is None else code

@@ -17,9 +17,19 @@ from pear_data.cli.rows_out import rows_options, write_out
 @click.option(
     "--timeout", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True, help="Seconds."
 )
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0.125),
+    help="GiB of buffers, beyond which a query spills to disk; by default 80 % of what there is.",
+)
 @common_options
-def command(store: Path, query: str, chosen: str | None, output: Path | None, timeout: float) -> None:
+def command(
+    store: Path, query: str, chosen: str | None, output: Path | None, timeout: float, memory: float | None
+) -> None:
     """Run one read-only DuckDB query over the store; `-` reads it from standard input.
+
+    A query cannot change the store or a setting, nor read another file or the network, and is bounded in time, memory
+    and scratch space. That guards against a pasted query; it is no sandbox for people who may not read the store.
 
     \b
     Views:
@@ -47,7 +57,16 @@ def command(store: Path, query: str, chosen: str | None, output: Path | None, ti
     text = sys.stdin.read() if query == "-" else query
     opened = open_store(store)
     note = write_out(
-        chosen, output, lambda form, sink: write_query(opened, text, form, sink, timeout=timeout)
+        chosen,
+        output,
+        lambda form, sink: write_query(
+            opened,
+            text,
+            form,
+            sink,
+            timeout=timeout,
+            memory=None if memory is None else int(memory * 2**30),
+        ),
     )
     if note:
         click.echo(note, err=True)

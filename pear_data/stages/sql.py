@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from pear_data.errors import UsageError
+from pear_data.errors import PearError, UsageError
 from pear_data.stages.alignment import outdated
 from pear_data.stages.text import one_line
 from pear_data.store import Store
+from pear_data.store.memory_bound import memory_bound
 from pear_data.store.shown import left_out
 from pear_data.store.views import connect
 
@@ -31,17 +32,29 @@ TABLE_ROWS = 500
 CELL_CHARACTERS = 200
 # A table that goes to a file or a pipe is as wide as its cells.
 UNLIMITED_WIDTH = 100_000
+# What is turned into text at once; text takes several times as much.
+PIECE_BYTES = 64 << 20
+ROW_BYTES = 256 << 20
+WRITING_BYTES = 1 << 30
 
 Batches = Iterator[pa.RecordBatch]
 
 
 def write_query(
-    store: Store, query: str, form: Format, sink: BinaryIO, *, timeout: float | None = None
+    store: Store,
+    query: str,
+    form: Format,
+    sink: BinaryIO,
+    *,
+    timeout: float | None = None,
+    memory: int | None = None,
 ) -> str | None:
     """Run a read-only query over the store's views and write its rows to `sink`.
 
-    Memory is bounded by a batch of the result and by what DuckDB needs to compute it, which spills to disk. JSON
-    has no NaN or infinity: they become null. In CSV, lists and structs become JSON.
+    DuckDB's buffers take at most `memory` bytes (by default 80 % of what the process may have) and spill to disk. With
+    what its functions make, and the batch that is written, the process takes at most a quarter more and WRITING_BYTES:
+    meanwhile allocations beyond that fail in all of it. JSON has no NaN or infinity: they become null. In CSV, lists
+    and structs become JSON.
 
     Returns:
         A note for people where not everything is shown (a table of more than TABLE_ROWS rows, a weighting without
@@ -50,7 +63,8 @@ def write_query(
     Raises:
         UsageError: the query does more than read, or its columns do not fit the format.
         MismatchError: a committed file is missing or has another size.
-        PearError: DuckDB refuses the query, or it runs longer than `timeout` seconds.
+        PearError: DuckDB refuses the query, or it runs longer than `timeout` seconds, or a row of its result is huge.
+        StuckError: it does not end although it was stopped; the process must.
     """
     notes = [fault for key in store.manifest.stages if (fault := outdated(store, key))]
     notes += [
@@ -58,8 +72,12 @@ def write_query(
         f"run `pear-data migrate --store {store.path}`"
         for name in left_out(store.manifest)
     ]
-    with connect(store, timeout=timeout) as views:
-        if cut := write_rows(*views.batches(query, BATCH_ROWS), form, sink):
+    with (
+        connect(store, timeout=timeout, memory=memory) as views,
+        memory_bound(views.memory_limit * 5 // 4 + WRITING_BYTES),
+    ):
+        schema, batches = views.batches(query, BATCH_ROWS)
+        if cut := write_rows(schema, _cut(batches), form, sink):
             notes.append(cut)
     return "\n".join(notes) or None
 
@@ -82,6 +100,23 @@ def write_rows(schema: pa.Schema, batches: Batches, form: Format, sink: BinaryIO
         "parquet": _write_parquet,
     }
     return writer[form](schema, batches, sink)
+
+
+def _cut(batches: Batches) -> Batches:
+    """Batches of few enough rows to be written without much memory.
+
+    Raises:
+        PearError: one row is too much.
+    """
+    for batch in batches:
+        rows = max(1, len(batch) * PIECE_BYTES // max(1, batch.nbytes))
+        for start in range(0, len(batch), rows):
+            piece = batch.slice(start, rows)
+            if len(piece) == 1 and piece.nbytes > ROW_BYTES:
+                raise PearError(
+                    f"a row of the result takes {piece.nbytes:,} bytes, more than {ROW_BYTES:,}: select less of it"
+                )
+            yield piece
 
 
 def _write_jsonl(schema: pa.Schema, batches: Batches, sink: BinaryIO) -> None:

@@ -95,6 +95,8 @@ def _kinds(query: str) -> list[str]:
         return [statement.type.name for statement in duckdb.extract_statements(query)]
     except duckdb.Error as error:
         raise UsageError(f"the query does not parse: {first_line(error)}") from None
+    except ValueError:  # a kind that DuckDB has and its Python module has no name for
+        raise UsageError(f"this kind of statement is refused: give {_ALLOWED}") from None
 
 
 def _explained(query: str) -> str:

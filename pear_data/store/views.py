@@ -20,7 +20,7 @@ import duckdb
 import pyarrow as pa
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
-from pear_data.errors import MismatchError, PearError
+from pear_data.errors import EXIT_ERROR, EXIT_INTERRUPTED, MismatchError, PearError, StuckError
 from pear_data.store.joined_views import SPAN_LOG_RATIOS
 from pear_data.store.manifest import FileEntry, Manifest
 from pear_data.store.query_guard import Query, check, first_line, rows_where
@@ -35,6 +35,8 @@ Result = TypeVar("Result")
 
 # Share of the free disk that a query may spill to; the rest belongs to whoever else is writing.
 SPILL_SHARE = 0.5
+# Seconds that DuckDB is given to hear an interrupt. It listens between vectors: one of huge values can take long.
+PATIENCE = 10.0
 
 
 class Views:
@@ -52,6 +54,7 @@ class Views:
         self._bodies: dict[str, str] = {}
         self._timeout = timeout
         self._start = time.monotonic()
+        self.stuck = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="duckdb")
 
     def table(self, query: str) -> pa.Table:
@@ -80,9 +83,18 @@ class Views:
         with self._connection.cursor() as parser:
             return rows_where(select, predicate, parser)
 
+    @property
+    def memory_limit(self) -> int:
+        """Bytes that DuckDB lets its own buffers take. What a function makes of one row is not among them."""
+        with self._connection.cursor() as cursor:
+            ((found,),) = cursor.execute(
+                "SELECT parse_formatted_bytes(current_setting('memory_limit'))"
+            ).fetchall()
+        return int(found)
+
     def close(self) -> None:
         """Let go of the thread."""
-        self._thread.shutdown()
+        self._thread.shutdown(wait=not self.stuck)
 
     def _checked(self, query: str) -> Query:
         with self._connection.cursor() as parser:
@@ -113,10 +125,10 @@ class Views:
             left = None if self._timeout is None else self._timeout - (time.monotonic() - self._start)
             done, _ = wait([future], left)
         except BaseException:
-            self._interrupt(future)
+            self._interrupt(future, "the query was interrupted", EXIT_INTERRUPTED)
             raise
         if not done:
-            self._interrupt(future)
+            self._interrupt(future, f"the query ran longer than {self._timeout:g} s", EXIT_ERROR)
             raise PearError(f"the query ran longer than {self._timeout:g} s: narrow it, or raise --timeout")
         try:
             return future.result()
@@ -124,20 +136,27 @@ class Views:
             # Errors met while batches are read come through Arrow, as OSError.
             raise PearError(f"the query failed: {first_line(error)}") from None
 
-    def _interrupt(self, future: Future[Any]) -> None:
+    def _interrupt(self, future: Future[Any], why: str, exit_code: int) -> None:
         # A query that is about to start does not hear the first call.
+        end = time.monotonic() + PATIENCE
         while not future.done():
+            if time.monotonic() > end:
+                self.stuck = True
+                raise StuckError(
+                    f"{why}, and did not hear that it was stopped: narrow it", exit_code
+                ) from None
             self._connection.interrupt()
             wait([future], 0.05)
 
 
 @contextlib.contextmanager
-def connect(store: Store, *, timeout: float | None = None) -> Iterator[Views]:
+def connect(store: Store, *, timeout: float | None = None, memory: int | None = None) -> Iterator[Views]:
     """The views of a store: `corpus`, `scores`, `weights`, `samples`, `tokens`, `histograms` and `deciles`.
 
     Args:
         store: an open store. What other processes commit later is not seen.
         timeout: seconds after which queries are stopped; None waits for ever.
+        memory: bytes that DuckDB may take before it spills to disk; None for 80 % of what the process may have.
 
     Raises:
         MismatchError: a committed file is missing, has another size than the manifest says, or a footer that cannot
@@ -146,7 +165,8 @@ def connect(store: Store, *, timeout: float | None = None) -> Iterator[Views]:
     """
     paths = [_present(store, entry) for entry in viewed_files(store.manifest)]
     with tempfile.TemporaryDirectory(prefix="pear-data-sql-") as scratch:
-        connection = duckdb.connect(":memory:", config=_configuration(scratch))
+        connection = duckdb.connect(":memory:", config=_configuration(scratch, memory))
+        views: Views | None = None
         try:
             _make_views(connection, store, paths)
             views = Views(connection, store.manifest, timeout)
@@ -155,7 +175,8 @@ def connect(store: Store, *, timeout: float | None = None) -> Iterator[Views]:
             finally:
                 views.close()
         finally:
-            connection.close()
+            if views is None or not views.stuck:
+                connection.close()
 
 
 def _present(store: Store, entry: FileEntry) -> str:
@@ -167,9 +188,10 @@ def _present(store: Store, entry: FileEntry) -> str:
     return os.path.join(os.path.abspath(store.path), entry.path)
 
 
-def _configuration(scratch: str) -> dict[str, Any]:
-    """Settings of a fresh connection. DuckDB's own memory bound (80 % of what the process may have) stays."""
+def _configuration(scratch: str, memory: int | None) -> dict[str, Any]:
+    """Settings of a fresh connection."""
     return {
+        **({} if memory is None else {"memory_limit": f"{memory}B"}),
         "temp_directory": scratch,
         "max_temp_directory_size": f"{int(shutil.disk_usage(scratch).free * SPILL_SHARE)}B",
         "autoinstall_known_extensions": False,
