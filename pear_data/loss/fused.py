@@ -27,8 +27,8 @@ from pear_data.loss.fused_gradients import GradientSums
 WeightsOfRows = Callable[[Tensor, Tensor], Tensor]
 
 # By bytes of a logit. Smaller chunks spend their time on adding to the head's gradient, which is as large as the head.
-# In 16 bits a CPU rounds every chunk's product, and nowhere does a single chunk need sums in float32: as large as fits
-# in the bytes below, then.
+# In 16 bits several chunks take sums in float32, and on a CPU a fourth multiply to fill them: as large as fits in the
+# bytes below, then.
 _CHUNK_ROWS = {2: 2048, 4: 256, 8: 256}
 _LARGE_CHUNK_BYTES = 768 << 20
 _ROWS_OF_A_TILE = 128
@@ -67,7 +67,8 @@ def linear_weighted_nll(
     of host for device, which saves a third of the work where a third is masked. `backend` gives the work to another
     library (see `backends`). `chunk_rows` fixes how many rows go through the head at once; by default 256, in 16 bits
     and on CUDA more, as long as their logits fit in 768 MiB. Over several chunks a head of 16 bits has its gradient
-    summed in float32, which until the backward pass takes twice the memory of the gradient.
+    summed in float32, which until the backward pass takes twice the memory of the gradient, and on a CPU, which rounds
+    its products, a fourth multiply.
 
     Raises ValueError for shapes, dtypes and devices that do not fit together, an unknown backend, and a sharded head (a
     DTensor): call this inside the forward of the module that FSDP gathers. A target outside the vocabulary raises

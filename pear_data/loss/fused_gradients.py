@@ -66,4 +66,7 @@ class GradientSums:
             for start in range(0, len(total), _VOCABULARY_TILE):
                 tile = slice(start, start + _VOCABULARY_TILE)
                 part = gradients[:, tile].T @ states
+                # What that rounded off: a CPU has no product of 16 bits in float32.
+                rest = torch.addmm(part, gradients[:, tile].T, states, beta=-1)
                 total[tile] = part if self._fresh else total[tile].add_(part)
+                total[tile] += rest
