@@ -58,7 +58,9 @@ def rescore(store: Store, key: str, source: PolicySource, progress: Progress) ->
     try:
         for shard in pending:
             groups = _groups(store, key, shard, source)
-            entry, failures = write_scores(store, key, shard.entries[CORPUS], groups)
+            entry, failures = write_scores(
+                store, key, shard.entries[CORPUS], groups, replaced=shard.entries[key]
+            )
             retried = _count(shard.entries[key])
             store.commit(key, entry)
             progress.advance(retried)

@@ -19,7 +19,7 @@ from pear_data.schema import FLOATS, INT32S, QUARANTINE, SCORES, STATUS_OK
 from pear_data.stages.sources import GroupScores, PolicySource, Spans
 from pear_data.store import Store
 from pear_data.store.columns import list_column
-from pear_data.store.commit import operation
+from pear_data.store.commit import operation, path_beside
 from pear_data.store.manifest import CORPUS, Shard
 from pear_data.store.shards import parquet_shard
 from pear_data.tokens import TokenBatch
@@ -52,14 +52,22 @@ def score_shard(
 
 
 def write_scores(
-    store: Store, key: str, shard: Shard, groups: Iterable[tuple[pa.Table, Mapping[int, str]]]
+    store: Store,
+    key: str,
+    shard: Shard,
+    groups: Iterable[tuple[pa.Table, Mapping[int, str]]],
+    *,
+    replaced: Shard | None = None,
 ) -> tuple[Shard, list[Failure]]:
     """Put the scores of a shard in place: its row groups, each with the reasons why rows of it have none.
+
+    The files of `replaced`, a sound shard, stay as they are: until the new one is committed it is the one there is.
 
     Raises:
         PearError: the disk refused.
     """
-    final = store.path / key / f"{shard.name}.parquet"
+    taken = [store.path / file.path for file in replaced.files] if replaced is not None else []
+    final = path_beside(store.path / key / f"{shard.name}.parquet", taken)
     statuses: Counter[str] = Counter()
     scored = first = 0
     failures: list[Failure] = []
@@ -75,6 +83,7 @@ def write_scores(
             ]
             first += len(table)
     quarantine = store.path / "quarantine" / f"{key.replace('/', '-')}-{shard.name}.parquet"
+    quarantine = path_beside(quarantine, taken)
     if failures:
         _write_quarantine(quarantine, store, shard, failures)
     else:

@@ -8,13 +8,14 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from pear_data.errors import PearError
 from pear_data.store.private import create_private, open_to_others
 
 TEMP_SUFFIX = ".tmp"
+AGAIN = ".again"
 # Where `migrate` keeps what it replaces until the new manifest is written.
 ASIDE = "before-migration"
 
@@ -112,6 +113,22 @@ def sweep_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def path_beside(path: Path, taken: Collection[Path]) -> Path:
+    """`path`, or another for what is to replace the file there: that stays until its successor is committed."""
+    return path.with_suffix(f"{AGAIN}{path.suffix}") if path in taken else path
+
+
+def sweep_replaced(folder: Path, kept: Collection[Path]) -> None:
+    """Remove what is not of the `kept` of each two files of which one was to replace the other, and in quarantine."""
+    ending = f"{AGAIN}.parquet"
+    found = list((folder / "quarantine").glob("*.parquet"))
+    for again in folder.rglob(f"*{ending}"):
+        found += [again, again.with_name(f"{again.name.removesuffix(ending)}.parquet")]
+    for path in set(found).difference(kept):
+        with operation("remove", path):
+            path.unlink(missing_ok=True)
 
 
 def _refused(final: Path, error: OSError) -> PearError:

@@ -14,7 +14,14 @@ from pear_data import __version__
 from pear_data.errors import MismatchError, PearError, UsageError
 from pear_data.redaction import redacted_values
 from pear_data.schema import FORMAT_VERSION
-from pear_data.store.commit import TEMP_SUFFIX, sha256_of, sweep_leftovers, write_atomically
+from pear_data.store.commit import (
+    TEMP_SUFFIX,
+    operation,
+    sha256_of,
+    sweep_leftovers,
+    sweep_replaced,
+    write_atomically,
+)
 from pear_data.store.lock import LOCK_NAME, exclusive
 from pear_data.store.manifest import (
     CORPUS,
@@ -184,11 +191,17 @@ class Store:
         return True
 
     def commit(self, key: str, shard: Shard) -> None:
-        """Enter a shard whose file is in place; it exists from here on."""
+        """Enter a shard whose files are in place; it exists from here on, and one that it replaces does not."""
         stage = self.manifest.stages[key]
+        replaced = stage.shard(shard.name)
         others = [other for other in stage.shards if other.name != shard.name]
         stage.shards = sorted([*others, shard], key=lambda entry: entry.name)
         self.save()
+        kept = {file.path for file in shard.files}
+        for file in replaced.files if replaced is not None else ():
+            if file.path not in kept:
+                with operation("remove", self.path / file.path):
+                    (self.path / file.path).unlink(missing_ok=True)
 
     def entry_of(self, path: Path) -> FileEntry:
         """Size and checksum of a file that has just been put in place."""
@@ -248,6 +261,7 @@ def writable_store(path: str | Path, *, create: bool = False, any_version: bool 
                     f"{folder} has format version {version}, which is read and no longer written: "
                     f"run `pear-data migrate --store {folder}`, then this again"
                 )
+            sweep_replaced(folder, {folder / file.path for file in store.manifest.files})
         else:
             store = Store(folder, Manifest(created_by=f"pear-data {__version__}"))
             store.save()

@@ -17,6 +17,8 @@ from pear_data.progress import Silent
 from pear_data.runners.base import Scored
 from pear_data.stages.export import export
 from pear_data.stages.ingest import ingest
+from pear_data.stages.mend import mend
+from pear_data.stages.rescore import rescore
 from pear_data.stages.score import score, score_policy
 from pear_data.stages.sources import engine_source
 from pear_data.stages.verify import verify
@@ -94,6 +96,29 @@ def exported(folder: Path) -> None:
     export(open_store(folder / STORE), settings, Silent())
 
 
+def mended(folder: Path) -> None:
+    """The row that could not be read, written as it should be, makes one more shard of the corpus."""
+    row = rows(SAMPLES + 1)[-1]
+    line = {"input": CORPUS, "row": 3, "raw": row}
+    (folder / "mended.jsonl").write_text(json.dumps(line) + "\n")
+    with writable_store(folder / STORE) as store:
+        mend(store, folder / "mended.jsonl", Silent())
+
+
+def scored_but_for(*failures: str) -> Callable[[Path], None]:
+    """Scores with an engine that fails on some samples, or once more those that it failed on."""
+
+    def scored(folder: Path) -> None:
+        with writable_store(folder / STORE) as store:
+            source = engine_source(InProcess(failures), None)
+            if "scores/flaky" in store.manifest.stages and store.stage("scores/flaky").complete:
+                rescore(store, "scores/flaky", source, Silent())
+            else:
+                score(store, ScoreSettings(policy="flaky", model="m"), source, Silent())
+
+    return scored
+
+
 Step = Callable[[Path], None]
 STEPS: dict[str, Step] = {
     "ingest": ingested,
@@ -102,14 +127,16 @@ STEPS: dict[str, Step] = {
     "weight": weighted,
     "export": exported,
     "score with a model": modelled,
+    "score with failures": scored_but_for("s1", "s3", "s4"),
+    "quarantine retry": scored_but_for(),
+    "quarantine retry FILE": mended,
 }
 
 
 def whole_job(folder: Path) -> None:
     """Every step that needs no model, one after the other."""
-    for step in STEPS.values():
-        if step is not modelled:
-            step(folder)
+    for name in WITHOUT_A_MODEL:
+        STEPS[name](folder)
 
 
 def write_corpus(folder: Path, samples: int, prompt: int = PROMPT) -> Path:
@@ -117,6 +144,9 @@ def write_corpus(folder: Path, samples: int, prompt: int = PROMPT) -> Path:
     folder.mkdir(parents=True)
     (folder / CORPUS).write_text("\n".join(rows(samples, prompt)) + "\n")
     return folder
+
+
+WITHOUT_A_MODEL = ("ingest", "score initial", "score behavior", "weight", "export")
 
 
 def make_states(folder: Path) -> dict[str, Path]:
@@ -150,15 +180,21 @@ def assert_sound(folder: Path) -> None:
 class InProcess:
     """The bundled model as a scorer in this process, so that it need not be started again after every fault."""
 
-    def __init__(self):
-        from pear_data.engines.transformers_engine import TransformersEngine
-
-        self._engine = TransformersEngine(str(asset("initial")))
+    def __init__(self, failures=()):
+        self._engine, self._failures = _engine(), failures
         self.batch_tokens, self.max_length = self._engine.batch_tokens, self._engine.max_length
         self.identity = self._engine.identity
 
     def score(self, batch, on_tokens):
-        return Scored(self._engine.score(batch, on_tokens), {})
+        failed = {row: "it died" for row, name in enumerate(batch.sample_ids) if name in self._failures}
+        return Scored(self._engine.score(batch, on_tokens), failed)
+
+
+@functools.cache
+def _engine():
+    from pear_data.engines.transformers_engine import TransformersEngine
+
+    return TransformersEngine(str(asset("initial")))
 
 
 in_process = functools.cache(InProcess)

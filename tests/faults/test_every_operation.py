@@ -14,7 +14,7 @@ from small_job import STEPS, assert_sound, content, make_states
 from pear_data.errors import PearError
 
 # Scoring with a model takes the same way to the disk as recorded log-probs do; it is slower.
-STRIDES = {name: 10 if name == "score with a model" else 1 for name in STEPS}
+STRIDES = {name: 10 if name in ("score with a model", "score with failures") else 1 for name in STEPS}
 # What is left behind by a kill differs little from one operation to the next: campaign.py tries each.
 KILL_STRIDE = 3
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from small_job import STEPS, write_corpus
+from small_job import WITHOUT_A_MODEL, write_corpus
 from zygote import Zygote
 
 SAMPLES, PROMPT, SHARD_TOKENS = 40, 2000, 20_000
-MEASURED = [name for name in STEPS if "model" not in name]
 SLACK = 24 << 20
 
 
@@ -16,7 +15,7 @@ def peaks(folder, samples=SAMPLES):
     with Zygote() as zygote:
         small = write_corpus(folder / "1x", samples, PROMPT)
         large = write_corpus(folder / "10x", 10 * samples, PROMPT)
-        for step in MEASURED:
+        for step in WITHOUT_A_MODEL:
             free = zygote.run(small, [step], shard_tokens=SHARD_TOKENS)
             assert free["status"] == 0, free
             limit = free["peak_as"] + SLACK

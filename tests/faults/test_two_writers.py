@@ -25,7 +25,7 @@ WRITERS = {
     "score": ["score", "--policy", "third", "--from-field", "initial"],
     "weight": ["weight", "--level", "token"],
     "migrate": ["migrate"],
-    "quarantine": ["quarantine", "retry"],
+    "quarantine": ["quarantine", "retry", "corpus.jsonl"],
     "run": ["run", "recipe.yaml"],
 }
 # `demo` makes a store of its own, `export` a folder: see below. The others read.

@@ -54,7 +54,7 @@ def _job(request: dict[str, Any]) -> dict[str, Any]:
         resource.setrlimit(getattr(resource, name), (limit, limit))
     small_job.SHARD_TOKENS = request.get("shard_tokens", small_job.SHARD_TOKENS)
     try:
-        for step in request["steps"] or [name for name in small_job.STEPS if "model" not in name]:
+        for step in request["steps"] or small_job.WITHOUT_A_MODEL:
             small_job.STEPS[step](Path(request["folder"]))
     except PearError as error:
         answer = {"status": error.exit_code, "message": str(error)}
