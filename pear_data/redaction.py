@@ -26,6 +26,8 @@ _PATTERNS = (
     (re.compile(rf"(?<=://){_OF_URL}+(?:@{_OF_URL}*)*(?=@)"), HIDDEN),
     (re.compile(rf"([?&]{_QUERIED}=){_IN_QUERY}", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(rf"({_SECRET}=){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    # As YAML or JSON has it; in a sentence a colon is followed by anything.
+    (re.compile(rf"([{{,]\s*[\"']?{_SECRET}[\"']?\s*:\s*[\"']?){_VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"\b(Bearer\s+)[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(?:hf_|api_org_|gh[pousr]_|glpat-)[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}"), HIDDEN),
     (re.compile(r"\bsk-(?=[\w-]*\d)[\w-]{20,}"), HIDDEN),

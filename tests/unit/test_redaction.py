@@ -21,6 +21,8 @@ TOKEN = "hf_" + "aB3" * 11
         ("corpus.jsonl?token=abc:12: no object", "corpus.jsonl?token=***:12: no object"),
         ("--engine-arg hf_token=abc", "--engine-arg hf_token=***"),
         ('{"download": "password=abc", "n": 1}', '{"download": "password=***", "n": 1}'),
+        ("loader={api_key: abc, b: 1}", "loader={api_key: ***, b: 1}"),
+        ('{"hf_token" : "abc", "b": 1}', '{"hf_token" : "***", "b": 1}'),
         ("AWS_SECRET_ACCESS_KEY=abc/d+e", "AWS_SECRET_ACCESS_KEY=***"),
         ("Authorization: Bearer abcdefghij.k", "Authorization: Bearer ***"),
         (f"401 for {TOKEN}.", "401 for ***."),
@@ -40,6 +42,7 @@ def test_secrets_go(text, expected):
         "s3://bucket/a@b and somebody@example.org",
         "Qwen/Qwen2.5-7B-Instruct with sk-learn and hf_overrides, hf_transformers_modeling",
         "key=value, token=3",
+        "--engine-arg hf_token: set HF_TOKEN in the environment",
         "https://host:80/x?page=2",
     ],
 )
@@ -66,7 +69,9 @@ def test_where_a_setting_holds_a_secret_is_said_without_it():
     assert secret_in("hf_token", None) is None
 
 
-@pytest.mark.parametrize("piece", ["a-", "://", "@", "x_secret", "?a", "https://u:p@h ", "&token="])
+@pytest.mark.parametrize(
+    "piece", ["a-", "://", "@", "x_secret", "?a", "https://u:p@h ", "&token=", "{api_key:", "{ "]
+)
 def test_no_text_takes_long(piece):
     start = time.monotonic()
     redacted("https://" + piece * 20_000)
