@@ -25,6 +25,7 @@ _DEPTH_STEP = np.zeros(256, dtype=np.int8)
 _DEPTH_STEP[list(b"[{")] = 1
 _DEPTH_STEP[list(b"]}")] = -1
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_CUT = re.compile(r" \(raw row cut to [\d,]+ of [\d,]+ bytes\)\Z")
 _KIND = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
@@ -65,6 +66,7 @@ class Rejected:
 def rejected(number: int, reason: str, raw: bytes, size: int | None = None) -> Rejected:
     """A rejected row of `size` bytes (default: all of `raw`); says so where only the head of it is kept."""
     size = len(raw) if size is None else size
+    reason = _CUT.sub("", reason)  # where this was rejected before
     if size > QUARANTINED_BYTES:
         reason = f"{reason} (raw row cut to {QUARANTINED_BYTES:,} of {size:,} bytes)"
     return Rejected(number, reason, raw[:QUARANTINED_BYTES])

@@ -245,6 +245,9 @@ def _finish(store: Store, stage: Stage, progress: Progress) -> None:
     for what, count in counts.items():
         progress.say(f"{count:,} {what}")
     stage.complete = True
+    for other in store.manifest.stages.values():
+        # A shard of mended rows may have been lost.
+        other.shards = [shard for shard in other.shards if stage.shard(shard.name)]
     store.save()
 
 

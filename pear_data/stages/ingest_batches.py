@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ BATCH_BYTES = 1 << 20
 ROWS, BLANK = "rows read", "blank lines passed over"
 
 Outcome = list[TokenizedSample] | SampleError
+Of = TypeVar("Of")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def tokenized_batches(
     """
     rows = itertools.islice(_rows_behind(plans, start), limit)
     cursor = start
-    while batch := _take(rows, budget):
+    while batch := take(rows, budget):
         result = tokenized([(plans[index].input.name, row) for index, row in batch], chat, _behind(batch))
         result.counts.update(_read(cursor, batch))
         cursor = result.cursor
@@ -83,10 +85,9 @@ def _rows_behind(plans: Sequence[Plan], start: Cursor) -> Iterator[tuple[int, Ex
             yield index, row
 
 
-def _take(
-    rows: Iterator[tuple[int, Example | Rejected]], budget: int
-) -> list[tuple[int, Example | Rejected]]:
-    taken: list[tuple[int, Example | Rejected]] = []
+def take(rows: Iterator[tuple[Of, Example | Rejected]], budget: int) -> list[tuple[Of, Example | Rejected]]:
+    """The next rows, each with what it is of: BATCH_ROWS of them, or fewer of `budget` bytes."""
+    taken: list[tuple[Of, Example | Rejected]] = []
     size = 0
     while len(taken) < BATCH_ROWS and size < budget and (item := next(rows, None)):
         taken.append(item)

@@ -30,7 +30,7 @@ from pear_data.errors import MismatchError, SampleError, UsageError
 from pear_data.progress import Outcome, Progress
 from pear_data.schema import MENDED
 from pear_data.stages.ingest import CONTENT_SETTINGS, DATE, DESCRIBED, total_counts
-from pear_data.stages.ingest_batches import BATCH_ROWS, Batch, tokenized
+from pear_data.stages.ingest_batches import BATCH_BYTES, Batch, take, tokenized
 from pear_data.stages.ingest_shard import ShardWriter, shard_writer
 from pear_data.stages.quarantine import Place, mended_places, quarantined_places
 from pear_data.store import Store
@@ -176,8 +176,9 @@ class _Mending:
         """Batches that hold samples, each with the places of the rows that these come from."""
         cursor = self.corpus.shards[-1].cursor
         assert cursor is not None
-        while taken := list(itertools.islice(rows, BATCH_ROWS)):
-            batch = tokenized([(name, self._example(name, row)) for name, row in taken], self.chat, cursor)
+        examples = ((name, self._example(name, row)) for name, row in rows)
+        while taken := take(examples, BATCH_BYTES):
+            batch = tokenized(taken, self.chat, cursor)
             refused = {(name, row.number) for name, row in batch.rejected}
             self.refused += len(refused)
             for name, row in batch.rejected[: SHOWN_REASONS - len(self.shown)]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pear_data.corpus.batches import token_batches
+from pear_data.corpus.records import Rejected, rejected
 from pear_data.progress import Progress
 from pear_data.schema import FLOATS, INT32S, QUARANTINE, SCORES, STATUS_OK
 from pear_data.stages.sources import GroupScores, PolicySource, Spans
@@ -122,16 +123,21 @@ def _one_ahead(groups: Scoring) -> Scoring:
 def _write_quarantine(final: Path, store: Store, shard: Shard, failures: list[Failure]) -> None:
     wanted = np.array([failure.row for failure in failures])
     first = 0
-    raw: list[str] = []
+    kept: list[Rejected] = []
     for table in store.row_groups(shard, ["record"]):
         inside = wanted[(wanted >= first) & (wanted < first + len(table))] - first
-        raw += table["record"].take(inside).to_pylist()
+        kept += [
+            rejected(failure.row, failure.reason, record.encode())
+            for failure, record in zip(
+                failures[len(kept) :], table["record"].take(inside).to_pylist(), strict=False
+            )
+        ]
         first += len(table)
     columns = [
         pa.array([Path(shard.file.path).name] * len(failures), pa.string()),
         pa.array(wanted, pa.int64()),
-        pa.array([failure.reason for failure in failures], pa.string()),
-        pa.array([record.encode() for record in raw], pa.binary()),
+        pa.array([row.reason for row in kept], pa.string()),
+        pa.array([row.raw for row in kept], pa.binary()),
     ]
     with parquet_shard(final, QUARANTINE) as writer:
         writer.write(pa.table(columns, schema=QUARANTINE))

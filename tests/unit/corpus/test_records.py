@@ -73,6 +73,7 @@ def test_a_cut_raw_row_says_so():
     row = rejected(3, "bad", b"x" * (QUARANTINED_BYTES + 5))
     assert row.raw == b"x" * QUARANTINED_BYTES
     assert row.reason == "bad (raw row cut to 65,536 of 65,541 bytes)"
+    assert rejected(4, row.reason, b"x" * (QUARANTINED_BYTES + 5)).reason == row.reason
     assert rejected(3, "bad", b"short").reason == "bad"
 
 

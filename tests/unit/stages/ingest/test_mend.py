@@ -181,12 +181,18 @@ def test_rows_of_a_lost_shard_are_in_quarantine_again(tmp_path, corpus, run, rea
     rows = mended(tmp_path)
     retry(tmp_path, rows)
     whole = read()
+    with writable_store(tmp_path / "store") as store:
+        store.begin("scores/initial", {})
+        for shard in store.stage("corpus").shards:
+            store.commit("scores/initial", shard)
     (tmp_path / "store" / "corpus" / "part-00001.parquet").unlink()
     outcome, said = run(corpus)
     assert outcome.rejected == 3
     assert (
         "rows mended there are in quarantine again: give them to `pear-data quarantine retry` again" in said
     )
+    (left,) = open_store(tmp_path / "store").stage("scores/initial").shards
+    assert left.name == "part-00000"
     retry(tmp_path, rows)
     assert read() == whole
 
