@@ -5,16 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
+from pear_data.config import first_fault
 from pear_data.errors import MismatchError, PearError
 from pear_data.redaction import redacted_values
 from pear_data.schema import FORMAT_VERSION
 
 MANIFEST_NAME = "manifest.json"
 CORPUS = "corpus"
+
+
+def _inside(path: str) -> str:
+    """A manifest may come from anywhere: what it names is read, hashed and, by `migrate`, replaced."""
+    parts = path.split("/")
+    if not all(parts) or {".", ".."} & set(parts) or "\0" in path:
+        raise ValueError(f"{path!r} is no path inside a store")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+# These become parts of paths.
+ShardName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+StageKey = Annotated[str, Field(pattern=r"^(corpus|(scores|weights)/[A-Za-z0-9][A-Za-z0-9._-]*)$")]
 
 
 class _Entry(BaseModel):
@@ -24,7 +39,7 @@ class _Entry(BaseModel):
 class FileEntry(_Entry):
     """One committed file: its path inside the store, size and checksum."""
 
-    path: str
+    path: Inside
     bytes: int
     sha256: str
 
@@ -39,7 +54,7 @@ class Cursor(_Entry):
 class Shard(_Entry):
     """One committed shard of a stage. `inputs` are the checksums of the shards it was made from."""
 
-    name: str
+    name: ShardName
     file: FileEntry
     summary: FileEntry | None = Field(
         default=None, description="A row per sample, without its tokens (corpus, weights)."
@@ -123,10 +138,10 @@ class TokenizerEntry(_Entry):
 class Manifest(_Entry):
     """`STORE/manifest.json`."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = Field(default=FORMAT_VERSION, ge=1)
     created_by: str
     tokenizer: TokenizerEntry | None = None
-    stages: dict[str, Stage] = Field(
+    stages: dict[StageKey, Stage] = Field(
         default_factory=dict, description="Keys: corpus, scores/<policy>, weights/<name>."
     )
     sha256: str | None = Field(
@@ -205,8 +220,11 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format version {version}, this pear-data reads up to {FORMAT_VERSION}: upgrade it"
             )
         manifest = Manifest.model_validate_json(text)
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            place, message = first_fault(error)
+            reason = f"{'.'.join(place)}: {message}"
         raise MismatchError(f"{path} is not a readable manifest ({reason}): restore it from a copy") from None
     for key, stage in manifest.stages.items():
         if stage.fingerprint != fingerprint(stage.settings):

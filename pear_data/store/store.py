@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,8 @@ class Store:
         path = self.path / entry.path
         if not path.is_file():
             return "is missing"
+        if _leads_out(self.path, path):
+            return "is reached by a link that leads out of the store"
         size = path.stat().st_size
         if size != entry.bytes:
             return f"has {size} bytes where the manifest says {entry.bytes}"
@@ -218,6 +221,20 @@ class Store:
         return ds.dataset([self.file(shard.file) for shard in self.stage(key).shards], format="parquet")
 
 
+def _leads_out(folder: Path, path: Path) -> bool:
+    """Whether links on the way from a store's folder to a path inside it lead elsewhere."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Nothing is written through a folder that is a link to somewhere else."""
+    for at, folders, _ in os.walk(folder):
+        for name in folders:
+            path = Path(at, name)
+            if path.is_symlink() and _leads_out(folder, path):
+                raise PearError(f"{path} is a link that leads out of the store: put the folder itself there")
+
+
 def open_store(path: str | Path) -> Store:
     """Open a store for reading.
 
@@ -252,6 +269,7 @@ def writable_store(path: str | Path, *, create: bool = False, any_version: bool 
         if folder.is_dir() and not all(_is_beginning(entry.name) for entry in folder.iterdir()):
             raise UsageError(f"{folder} is not empty and is no store: choose another --store")
     with exclusive(folder):
+        _refuse_links_out(folder)
         sweep_leftovers(folder)
         if (folder / MANIFEST_NAME).exists():
             store = open_store(folder)
