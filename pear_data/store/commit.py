@@ -132,9 +132,10 @@ def sweep_replaced(folder: Path, kept: Collection[Path]) -> None:
 
 
 def _refused(final: Path, error: OSError) -> PearError:
-    reason = error.strerror or str(error).splitlines()[0]
+    reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    remedy = "free space" if full else "remove it" if error.errno == errno.EEXIST else "mend that"
+    other = {errno.EEXIST: "remove it", errno.EMFILE: "raise the limit with `ulimit -n`"}
+    remedy = "free space" if full else other.get(error.errno or 0, "mend that")
     space = _space(final) if full else ""
     return PearError(
         f"cannot write {final}: {reason}{space}; {remedy} or choose another place, then run the same command again"

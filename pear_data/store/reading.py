@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def is_refusal(error: OSError) -> bool:
 
 def refused(path: Path, error: OSError) -> PearError:
     """What to tell where `path` cannot be read."""
-    reason = (error.strerror or str(error)).splitlines()[0]
+    # Arrow's own text would name the path once more.
+    reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
     remedy = _REMEDIES.get(error.errno or 0, "see that its disk is well")
     return PearError(f"cannot read {path}: {reason}; {remedy}, then run the same command again")
 

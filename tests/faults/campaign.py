@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
-from small_job import SAMPLES, STEPS, make_states, write_corpus
+from small_job import SAMPLES, STEPS, make_states, whole_states, write_corpus
 from test_damage import KINDS, cut_everywhere, flip_bits
 from test_disk_full import fill_up
 from test_every_operation import fail_every, kill_every
@@ -71,7 +71,7 @@ def a_full_disk(folder: Path) -> Row:
 
 
 def files_cut(folder: Path) -> Row:
-    done = make_states(folder / "states")[""]
+    done = whole_states(folder / "states")
     cuts = sum(cut_everywhere(shutil.copytree(done, folder / kind.replace("/", "-")), kind) for kind in KINDS)
     return (
         "a file cut short",
@@ -82,7 +82,7 @@ def files_cut(folder: Path) -> Row:
 
 
 def bits_flipped(folder: Path) -> Row:
-    refused = flip_bits(make_states(folder / "states")[""], 200)
+    refused = flip_bits(whole_states(folder / "states"), 200)
     runs = f"200, 200 found by verify, {refused} readers refused"
     return "bit rot", "one bit of one file, the manifest included", runs, "nothing unseen"
 

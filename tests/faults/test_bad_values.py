@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_job import CORPUS, OUT, SAMPLES, STORE, corpus_settings, in_process, make_states, write_corpus
+from small_job import CORPUS, OUT, SAMPLES, STORE, corpus_settings, in_process, whole_states, write_corpus
 
 from pear_data import open_store
 from pear_data.config import ExportSettings, ScoreSettings, WeightSettings
@@ -30,7 +30,7 @@ from pear_data.store import writable_store
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    return make_states(tmp_path_factory.mktemp("states"))[""]
+    return whole_states(tmp_path_factory.mktemp("states"))
 
 
 @pytest.fixture

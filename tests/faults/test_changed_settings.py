@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from small_job import OUT, STORE, in_process, make_states
+from small_job import OUT, STORE, in_process, whole_states
 
 from pear_data import open_store
 from pear_data.config import ExportSettings, IngestSettings, ScoreSettings, WeightSettings
@@ -153,10 +153,10 @@ def test_a_corpus_begun_with_other_settings(text_store, field):
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
-    states = make_states(tmp_path_factory.mktemp("states"))
-    with writable_store(states[""] / STORE) as store:
+    whole = whole_states(tmp_path_factory.mktemp("states"))
+    with writable_store(whole / STORE) as store:
         weight(store, WeightSettings(level="token"), Silent())
-    return states[""]
+    return whole
 
 
 @pytest.fixture

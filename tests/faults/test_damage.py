@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from small_job import STEPS, STORE, content, make_states
+from small_job import STEPS, STORE, content, whole_states
 
 from pear_data import open_store
 from pear_data.config import ExportSettings, ScoreSettings, WeightSettings
@@ -77,6 +77,7 @@ READERS = {
     "scores/initial/": (weigh_again,),
     "scores/behavior/": (weigh_again,),
     "scores/model/": (),
+    "scores/flaky/": (),
     "weights/": (export_again,),
     "tokenizer/vocabulary": (),
     "tokenizer/": (weigh_by_lines,),
@@ -95,7 +96,7 @@ def readers_of(path):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    return make_states(tmp_path_factory.mktemp("states"))[""]
+    return whole_states(tmp_path_factory.mktemp("states"))
 
 
 @pytest.fixture

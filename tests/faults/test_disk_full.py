@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
-from small_job import SAMPLES, assert_sound, content, write_corpus
+from small_job import SAMPLES, STORE, assert_sound, content, write_corpus
 from zygote import Zygote
 
 LIMITS = 8
@@ -40,6 +41,29 @@ def fill_up(zygote, folder, limits):
         assert content(work) == wanted
         shutil.rmtree(work)
     return len(chosen)
+
+
+def test_too_few_open_files_are_said_to_be_what_they_are(zygote, tmp_path):
+    """What could not be read is not said to be what could not be written, nor to be damaged."""
+    scored = write_corpus(tmp_path / "scored", SAMPLES)
+    assert zygote.run(scored, ["ingest", "score initial", "score behavior"])["status"] == 0
+    read, written = set(), set()
+    for limit in range(6, 40):
+        work = shutil.copytree(scored, tmp_path / str(limit))
+        ended = zygote.run(work, ["weight"], limits={"RLIMIT_NOFILE": limit})
+        if ended["status"] == 0:
+            break
+        if ended["status"] == -1:  # not at the store's files: the command line says what it is
+            assert ended["message"] == "OSError(24, 'Too many open files')"
+            continue
+        said = re.fullmatch(
+            rf"cannot (read|write) {work}/{STORE}/(\S+): Too many open files; raise the limit with `ulimit -n`.*",
+            ended["message"],
+        )
+        (read if said[1] == "read" else written).add(said[2].rpartition("/")[0])
+        assert_sound(work)
+    assert "scores/initial" in read
+    assert written <= {"", "weights/block", "summary/weights/block"}
 
 
 def test_no_file_may_grow_beyond_a_size(zygote, tmp_path):
