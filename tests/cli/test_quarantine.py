@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import pyarrow as pa
+
 from pear_data.cli.entry import run
 from pear_data.demo import asset
-from pear_data.store import open_store
+from pear_data.schema import SCORES
+from pear_data.stages.score_shard import write_scores
+from pear_data.store import open_store, writable_store
 
 TURNS = [{"role": "user", "content": "2 + 3"}, {"role": "assistant", "content": "5"}]
 
@@ -47,3 +52,30 @@ def test_what_to_retry_is_asked_for(tmp_path, capsys):
     assert "exclude each other" in capsys.readouterr().err
     assert run(["quarantine"]) == 2
     assert "retry" in capsys.readouterr().err
+
+
+def test_a_failed_sample_is_scored_again_by_the_same_engine(tmp_path, capsys):
+    folder = tmp_path / "store"
+    model = ["--model", str(asset("initial")), "--engine", "transformers", "--store", str(folder)]
+    assert run(["score", str(asset("corpus")), "--limit", "6", *model]) == 0
+    whole = open_store(folder).scores["initial"].to_table()
+    with writable_store(folder) as store:
+        (shard,) = store.stage("corpus").shards
+        ok = whole["status"].to_pylist()
+        values = whole.to_pylist()
+        values[2] |= {"logprobs": None, "logprob_sum": None, "status": "failed"}
+        spoilt = pa.Table.from_pylist(values, schema=SCORES)
+        entry, _ = write_scores(store, "scores/initial", shard, [(spoilt, {2: "out of memory"})])
+        store.commit("scores/initial", entry)
+    assert run(["quarantine", "list", "--store", str(folder)]) == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (row["stage"], row["row"], row["reason"]) == ("scores/initial", 3, "out of memory")
+    assert row["sample_id"] == values[2]["sample_id"]
+    assert run(["quarantine", "retry", "--dtype", "bfloat16", *model]) == 4
+    assert "dtype: was " in capsys.readouterr().err
+    assert run(["quarantine", "retry", *model]) == 0
+    assert "1 of 1 samples are scored now" in capsys.readouterr().err
+    again = open_store(folder).scores["initial"].to_table()
+    assert again["status"].to_pylist() == ok
+    for one, other in zip(again["logprobs"].to_pylist(), whole["logprobs"].to_pylist(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
