@@ -269,7 +269,9 @@ class ExportSettings(Settings):
         json_schema_extra={"enum": [*FORMATS]},
     )
     max_length: int | None = Field(
-        None, ge=2, description="Tokens a sample is cut to, and a pack is filled to (hf, hf-packed, verl)."
+        None,
+        ge=2,
+        description="Tokens a sample is cut to, and packs and rows of shifted are filled to (not swift, messages).",
     )
     eval_fraction: float = Field(
         0.0,
@@ -302,7 +304,7 @@ class ExportSettings(Settings):
     def _fits_the_format(self) -> ExportSettings:
         if self.format == "hf-packed" and self.max_length is None and not self.check:
             raise ValueError("format hf-packed needs max_length, the tokens of a pack")
-        if self.max_length is not None and self.format not in ("hf", "hf-packed", "verl"):
+        if self.max_length is not None and self.format not in ("hf", "hf-packed", "verl", "shifted"):
             raise ValueError(f"max_length does not go with format {self.format}, whose rows stay whole")
         if self.live and self.format not in ("hf", "hf-packed"):
             raise ValueError(f"live goes with format hf or hf-packed, not {self.format}")

@@ -34,7 +34,7 @@ def command(store: Path, out: str, **options: Any) -> int:
     hf-packed  the same in packs of --max-length tokens, with position_ids and seq_lengths. transformers, TRL
     verl       Parquet for pear_data.hooks.verl.PearVerlDataset
     swift      JSON lines of token ids with a loss_scale each, for ms-swift
-    shifted    JSON lines, each weight one place to the left: Levanter, Tinker
+    shifted    JSON lines, each weight one place to the left: Tinker; Levanter, with --max-length
     messages   JSON lines of conversations, one weight each: LLaMA-Factory v1, NeMo-RL (sequence-level weightings)
 
     What to do with it in each trainer is in pear_data/hooks/, a page a trainer. In --where, columns that name no
@@ -49,7 +49,7 @@ def command(store: Path, out: str, **options: Any) -> int:
       pear-data export packs/ --format hf-packed --max-length 8192
       pear-data export for-verl/ --format verl --max-length 8192
       pear-data export for-ms-swift/ --format swift
-      pear-data export for-levanter/ --format shifted --shard-tokens 4000000
+      pear-data export for-levanter/ --format shifted --max-length 4096
       pear-data export for-llama-factory/ --format messages --weights sequence
       pear-data export out/ --check
     """

@@ -27,7 +27,7 @@ FORMS = {
     "hf": lambda: hf_format(live=True),
     "hf-packed": lambda: packed_format(MAX_LENGTH, live=True),
     "verl": verl_format,
-    "shifted": shifted_format,
+    "shifted": lambda: shifted_format(MAX_LENGTH),
 }
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
@@ -101,8 +101,11 @@ def test_what_goes_out_comes_back(
 
 
 def assert_same(form: str, row: dict, sample: Sample) -> None:
-    assert row["input_ids"] == sample.ids
-    weights = [*sample.weights[1:], 0.0] if form == "shifted" else sample.weights
+    ids, weights = sample.ids, sample.weights
+    if form == "shifted":  # filled up
+        filler = [0] * (MAX_LENGTH - len(ids))
+        ids, weights = [*ids, *filler], [*weights[1:], 0.0, *filler]
+    assert row["input_ids"] == ids
     assert np.array_equal(row["loss_weights"], weights)
     if form.startswith("hf"):
         labels = [i if one else IGNORED_LABEL for i, one in zip(sample.ids, sample.scored, strict=True)]

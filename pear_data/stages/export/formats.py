@@ -65,7 +65,7 @@ def format_of(store: Store, settings: ExportSettings) -> Format:
         "hf-packed": lambda: packed_format(settings.max_length or 0, settings.live),
         "verl": verl_format,
         "swift": lambda: swift_format(store),
-        "shifted": shifted_format,
+        "shifted": lambda: shifted_format(settings.max_length),
         "messages": lambda: messages_format(store, settings),
     }
     return makers[settings.format]()

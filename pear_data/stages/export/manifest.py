@@ -55,7 +55,9 @@ class ExportManifest(_Entry):
     weighting: str = Field(description="Name of the weighting in the store.")
     weighting_settings: dict[str, Any]
     weights_sha256: list[str] = Field(description="Checksums of the weight shards this was made from.")
-    max_length: int | None = Field(None, description="Tokens a sample was cut to.")
+    max_length: int | None = Field(
+        None, description="Tokens a sample was cut to; in shifted, also filled up to."
+    )
     eval_fraction: float = Field(0.0, description="Share of the samples in the split validation.")
     where: str | None = Field(None, description="SQL predicate that every sample here fulfils.")
     shard_tokens: int | None = Field(None, description="Tokens after which a file was closed.")

@@ -26,6 +26,7 @@ from pear_data.store import Store
 
 NOT_TEXT = "not_plain_text"
 ROLES = ("system", "user", "assistant")
+LEAST_WEIGHT = 1e-6  # LLaMA-Factory takes an answer of no more for a prompt
 
 
 def messages_format(store: Store, settings: ExportSettings) -> Format:
@@ -51,9 +52,11 @@ def messages_format(store: Store, settings: ExportSettings) -> Format:
     return Format(
         ".jsonl",
         "loss_weight is its message's; every token of the message as the trainer renders it has it",
-        "LLaMA-Factory v1: sum(w nll) / sum(w), so that the weights' absolute scale cancels within a batch",
+        "LLaMA-Factory v1: sum(w nll) / count(labels) with pear_data.hooks.llama_factory; without it a micro-batch is "
+        "divided by its own sum of weights, so that those of a micro-batch of one sample cancel",
         opener(lambda rows: object_lines(_objects(rows, named, last_only))),
-        "LLaMA-Factory v1 reads each message's loss_weight; NeMo-RL takes loss_multiplier: pear_data/hooks/messages.md",
+        "LLaMA-Factory v1 reads each message's loss_weight; NeMo-RL takes loss_multiplier: "
+        "pear_data/hooks/llama-factory.md, nemo-rl.md",
         admitted=lambda rows: _admitted(rows, named),
         needs_record=True,
     )
@@ -70,6 +73,11 @@ def _admitted(rows: Rows, named: NamedFields) -> tuple[Rows, Counter[str]]:
         raise PearError(
             f"{rows.name_at(int(bad[0]))} has weights that differ or are negative, and format messages has one weight "
             'a sample, no less than 0: leave such samples out (--where "label = 1", say), or use format hf'
+        )
+    if (bad := np.flatnonzero(rows.scored & (of_samples > 0) & (of_samples <= LEAST_WEIGHT))).size:
+        raise PearError(
+            f"{rows.name_at(int(bad[0]))} has a weight of {of_samples[bad[0]]:g}, and LLaMA-Factory takes an answer of "
+            f"no more than {LEAST_WEIGHT:g} for a prompt: weight with a higher --clip-log-weight, or use format hf"
         )
     assert rows.record is not None
     plain = np.array([_is_plain(_conversation(r, named)) for r in rows.record.to_pylist()], dtype=np.bool_)
@@ -129,4 +137,6 @@ def messages_fault(row: dict[str, Any]) -> str | None:
         return f"{name}: a message that is no answer has a weight"
     if set(weights.tolist()) - {0.0, row["loss_multiplier"]}:
         return f"{name}: messages have other weights than loss_multiplier"
+    if ((weights > 0) & (weights <= LEAST_WEIGHT)).any():
+        return f"{name}: a weight is no more than {LEAST_WEIGHT:g}, so that LLaMA-Factory takes the answer for a prompt"
     return weights_fault(name, weights, len(weights))

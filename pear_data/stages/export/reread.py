@@ -41,11 +41,11 @@ def file_fault(form: Form, max_length: int | None, *, live: bool) -> Fault:
     from pear_data.stages.export.check import table_fault
     from pear_data.stages.export.jsonl import lines_fault
     from pear_data.stages.export.messages import messages_fault
-    from pear_data.stages.export.shifted import shifted_fault
+    from pear_data.stages.export.shifted import fault_of_length
     from pear_data.stages.export.swift import swift_fault
     from pear_data.stages.export.tables import SCHEMAS, with_live
 
-    of_line = {"swift": swift_fault, "shifted": shifted_fault, "messages": messages_fault}
+    of_line = {"swift": swift_fault, "shifted": fault_of_length(max_length), "messages": messages_fault}
     if form in of_line:
         return lambda path: lines_fault(path, of_line[form])
     schema = with_live(SCHEMAS[form], live)

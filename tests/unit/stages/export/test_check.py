@@ -128,6 +128,13 @@ def test_shifted(exported, tmp_path, change, reason):
         check(tmp_path / "out")
 
 
+def test_shifted_rows_of_other_lengths(exported, tmp_path):
+    exported("shifted", max_length=60)
+    rewrite(tmp_path / "out", lambda rows: [rows[2][name].pop() for name in ("input_ids", "loss_weights")])
+    with pytest.raises(PearError, match="line 3: sample .*: 59 tokens, and rows are filled up to 60"):
+        check(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("scales", "reason"),
     [

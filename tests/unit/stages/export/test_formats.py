@@ -62,6 +62,19 @@ def test_shifted_weighs_the_next_token(exported, expected):
     assert "prebuilt" in summary
 
 
+def test_shifted_rows_of_one_length(exported, expected):
+    """Cut after `max_length` tokens or filled up to it: the last that is left predicts nothing."""
+    _, manifest, rows = exported("shifted", max_length=30)
+    wanted = expected()
+    assert {len(ids) > 30 for ids, *_ in wanted.values()} == {False, True}
+    for row in rows["train"]:
+        ids, _, weights, _ = wanted[row["sample_id"]]
+        filler = [0] * (30 - len(ids))
+        assert row["input_ids"] == [*ids[:30].tolist(), *filler]
+        same(row["loss_weights"], [*weights[1:30], 0, *filler])
+    assert manifest["num_tokens"] == sum(min(len(wanted[row["sample_id"]][0]), 30) for row in rows["train"])
+
+
 @pytest.mark.parametrize("max_length", [16, 40, 1000])
 def test_packs_hold_every_sample_once(exported, expected, max_length):
     summary, manifest, rows = exported("hf-packed", max_length=max_length)

@@ -62,6 +62,13 @@ def test_weights_that_are_not_one_a_sample(weights):
         _admitted(rows_of((PLAIN, [0.5, 0.5]), (PLAIN, weights)), NAMED)
 
 
+def test_a_weight_that_makes_an_answer_a_prompt():
+    with pytest.raises(
+        PearError, match="sample 's1' has a weight of 5e-07, .* takes an answer of .* for a prompt"
+    ):
+        _admitted(rows_of((PLAIN, [0]), (PLAIN, [5e-7])), NAMED)
+
+
 def test_samples_that_came_as_ids():
     with pytest.raises(PearError, match="came as token ids"):
         _admitted(rows_of(({"source": "x"}, [0.5])), NAMED)
@@ -80,6 +87,10 @@ def test_samples_that_are_turns(folder):
         (lambda row: row["messages"][0].update(loss_weight=0.5), "no answer has a weight"),
         (lambda row: row["messages"][1].update(loss_weight=0.25), "other weights than loss_multiplier"),
         (lambda row: row.update(loss_multiplier=0.1), "other weights than loss_multiplier"),
+        (
+            lambda row: row["messages"][1].update(loss_weight=row.update(loss_multiplier=5e-7) or 5e-7),
+            "for a prompt",
+        ),
     ],
 )
 def test_faults(change, reason):
