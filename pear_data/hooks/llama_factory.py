@@ -16,7 +16,7 @@ from torch import Tensor
 _IGNORED_LABEL = -100
 
 
-class PearSFTTrainer(sft_trainer.SFTTrainer):
+class PearSFTTrainer(sft_trainer.SFTTrainer):  # type: ignore[misc]  # LLaMA-Factory is not checked
     """LLaMA-Factory's trainer on sum(w nll) / number of labels, over the micro-batches and ranks of a step.
 
     Raises ValueError where sequences are split between ranks (`cp_size`): another loss, out of reach, has the weights.

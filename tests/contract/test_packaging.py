@@ -37,6 +37,9 @@ def test_the_wheel_holds_everything_and_no_tests(wheel):
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pear_data"}
     assert "pear_data/py.typed" in names
+    pages = {f"pear_data/hooks/{page.name}" for page in (CHECKOUT / "pear_data" / "hooks").glob("*.md")}
+    assert len(pages) >= 10
+    assert pages <= set(names)
     weights = [info.file_size for info in zipfile.ZipFile(wheel).infolist() if "safetensors" in info.filename]
     assert len(weights) == 2
     assert sum(weights) < 5_000_000
