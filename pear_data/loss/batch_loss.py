@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,13 +56,15 @@ class LossBatch:
         behavior = self._require_behavior()
         return live.weights(logprobs, behavior, self.scored, self.sequence_ids, self.negative)
 
-    def live_weights_of_rows(self, live: LivePear) -> tuple[LossBatch, LiveWeightsOfRows]:
-        """For a scale of negatives of 0: they weigh nothing and are left out, as nothing rests on another sequence."""
-        behavior, targets = self._require_behavior(), self.targets
-        if self.negative is not None:
-            targets = targets.masked_fill(self.negative, IGNORE_INDEX)
-        rest = LossBatch(targets, self.weights, behavior, self.sequence_ids)
-        return rest, LiveWeightsOfRows(live, behavior, rest.scored, self.sequence_ids)
+    def live_weights_of_rows(self, live: LivePear) -> LiveWeightsOfRows:
+        """As for samples that are not negative."""
+        return LiveWeightsOfRows(live, self._require_behavior(), self.scored, self.sequence_ids)
+
+    def of_negatives(self, negative: bool) -> LossBatch:
+        """With the targets of samples marked negative, or of the others, alone; sequences do not rest on each other."""
+        if self.negative is None:
+            return self
+        return replace(self, targets=self.targets.masked_fill(self.negative ^ negative, IGNORE_INDEX))
 
     def _require_behavior(self) -> Tensor:
         if self.behavior is None:
