@@ -113,6 +113,50 @@ def test_an_interrupt_ends_all_workers_and_says_how_to_resume(start, scored):
     assert_resumed(scored, "interrupted")
 
 
+def test_sigterm_to_every_process_of_a_job_is_an_interrupt(start, scored):
+    """As a batch system ends one, or systemd: workers first, and twice."""
+    process = start("cancelled")
+    workers = workers_of(process)
+    for _ in range(2):
+        for each in (*workers, psutil.Process(process.pid)):
+            each.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    said = [line for line in errors.splitlines() if line and not line.startswith("weights/cancelled part-")]
+    assert len(said) == 1, said
+    assert "Error: interrupted; finished shards are kept. Resume with: pear-data weight" in errors
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    assert not list(scored.rglob("*.tmp"))
+    assert_resumed(scored, "cancelled")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupted_export_leaves_nothing(scored, tmp_path, signal_number):
+    command = [
+        sys.executable,
+        "-m",
+        "pear_data",
+        "export",
+        "out",
+        "--weights",
+        "whole",
+        "--store",
+        str(scored),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".out.pear_export/train-*")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal_number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Give it again with: pear-data export out --weights whole --store" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+
+
 def test_workers_do_not_outlive_their_parent(start, scored):
     process = start("orphaned")
     workers = workers_of(process)
