@@ -19,7 +19,7 @@ from pear_data.stages.verify import verify
 from pear_data.stages.weight import weight
 from pear_data.store import writable_store
 
-FLIPS = 200
+FLIPS = 100
 CUTS = 16
 
 # One file of each kind, and the step that makes it.

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from injection import crash_states, fail_at
-from small_job import STEPS, assert_sound, content, make_states
+from small_job import STEPS, assert_sound, assert_whole, content, make_states
 
 from pear_data.errors import PearError
 
@@ -31,8 +31,7 @@ def after(states, step):
 
 
 def assert_redone(folder, step, wanted):
-    """What is there is sound, and the step run again makes of it what it makes of an undisturbed job."""
-    assert_sound(folder)
+    """The step run again makes of what is there what it makes of an undisturbed job."""
     STEPS[step](folder)
     assert content(folder) == wanted
 
@@ -57,6 +56,7 @@ def fail_every(states, step, folder, stride=1):
         assert str(refusal).endswith("free space or choose another place, then run the same command again")
         assert "\n" not in str(refusal)
         assert not [path for path in work.rglob("*") if path.suffix == ".tmp"]
+        assert_whole(work)
         assert_redone(work, step, wanted)
         shutil.rmtree(work)
     raise AssertionError
@@ -69,6 +69,7 @@ def kill_every(states, step, folder, stride=1):
     with crash_states(work, folder / "killed") as left:
         STEPS[step](work)
     for killed in left[::stride]:
+        assert_sound(killed)
         assert_redone(killed, step, wanted)
         shutil.rmtree(killed)
     return len(left)
