@@ -152,3 +152,16 @@ def test_the_published_views_run_on_a_real_store(job):
             query = f"from {view} order by all"
             assert published.execute(query).fetchall() == real.execute(query).fetchall()
             assert published.execute(f"select count(*) from {view}").fetchone() != (0,)
+
+
+def test_status_and_logs_keep_to_their_schemas(job, capsys):
+    assert run(["status", "--store", str(job / "store")]) == 0
+    status = json.loads(capsys.readouterr().out)  # no terminal, hence JSON
+    schema("status").validate(status)
+    assert {stage["state"] for stage in status["stages"]} == {"done"}
+    assert run(["status", "--store", str(job / "store"), "--format", "table"]) == 0
+    assert "weights/block" in capsys.readouterr().out
+    logs = sorted((job / "store" / "logs").rglob("*.jsonl"))
+    assert len(logs) == len(status["stages"])
+    for line in [line for path in logs for line in path.read_text(encoding="utf-8").splitlines()]:
+        schema("log_event").validate(json.loads(line))
