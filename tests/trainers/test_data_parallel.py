@@ -6,8 +6,6 @@ policy, from `importance_weights`.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from two_ranks import run_on_two_ranks
 
 from pear_data import importance_weights
 from pear_data.loss import LivePear, PearCollator, attach, denominator
@@ -175,20 +174,7 @@ def on_each_rank(folder: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The parameters of every case, from one start of two processes."""
     folder = tmp_path_factory.mktemp("data_parallel")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(folder)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_two_ranks(__file__, folder)
     return folder
 
 

@@ -6,8 +6,6 @@ Frozen weights, and live ones of the initial policy, against sum(w * nll) / deno
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from two_ranks import run_on_two_ranks
 
 from pear_data import importance_weights
 from pear_data.hooks.transformers import PearTrainer
@@ -356,20 +355,7 @@ def on_each_rank(folder: Path) -> None:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        __file__,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*launch, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_on_two_ranks(__file__, tmp_path)
     rows = with_live_columns(make_model(), "block", 0.5)
     for name in ON_TWO_PROCESSES:
         expected = expected_parameters(make_model(), rows, 0.1 / divisor_of(name, rows))

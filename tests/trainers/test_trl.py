@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 from trl import SFTConfig, SFTTrainer
+from two_ranks import run_on_two_ranks
 
 from pear_data import importance_weights
 from pear_data.demo import asset
@@ -458,17 +456,7 @@ ON_TWO_PROCESSES = [("padded", "tokens"), ("padding_free", "tokens"), ("padding_
 def test_two_processes(tmp_path: Path) -> None:
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parent),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two_ranks(script, tmp_path)
     for mode, normaliser in ON_TWO_PROCESSES:
         expected = expected_parameters(make_model(), ROWS, denominator=DENOMINATORS[normaliser])
         after = torch.load(tmp_path / f"{mode}-{normaliser}.pt")
