@@ -191,7 +191,8 @@ def _described(folder):
     manifest = re.sub(r'"bytes": \d+', '"bytes": 0', manifest)
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != ".lock":
+        # Logs are for people: no command reads what an earlier version wrote into them.
+        if path.is_file() and path.name != ".lock" and "logs" not in path.relative_to(folder).parts:
             files[path.relative_to(folder).as_posix()] = _content(path) if path.suffix == ".parquet" else None
     return json.loads(manifest), files
 
