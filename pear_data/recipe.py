@@ -72,7 +72,7 @@ def load_recipe(
     path = recipe_path(reference)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("steps"), list):
         raise UsageError(f"{path}: a recipe is a mapping with a list of steps")

@@ -109,7 +109,7 @@ def _mapping(context: click.Context, parameter: click.Parameter, path: str | Non
 
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise click.BadParameter(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -66,7 +66,7 @@ def engine_arguments(given: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--engine-arg {argument}: {key} is given twice")
         try:
             found[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UsageError(f"--engine-arg {argument}: the value is no YAML; put it in quotes") from None
         if secret := secret_in(key, found[key]):
             raise UsageError(
