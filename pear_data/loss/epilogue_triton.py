@@ -33,22 +33,24 @@ def negative_logprobs(outputs: Tensor, targets: Tensor, head: Head) -> Tensor:
 def _launch(outputs: Tensor, targets: Tensor, head: Head, weights: Tensor | None) -> Tensor:
     rows, vocabulary = outputs.shape
     nll = torch.empty(rows, dtype=torch.float32, device=outputs.device)
-    _row_kernel[(rows,)](
-        outputs,
-        outputs.stride(0),
-        targets,
-        outputs if head.bias is None else head.bias,
-        nll if weights is None else weights,
-        nll,
-        vocabulary,
-        float(head.logit_scale),
-        1.0 if head.softcap is None else float(head.softcap),
-        HAS_BIAS=head.bias is not None,
-        HAS_SOFTCAP=head.softcap is not None,
-        GRADIENTS=weights is not None,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
-        num_warps=_WARPS,
-    )
+    # Triton launches on the current device, and a model split over several has its head elsewhere.
+    with torch.cuda.device_of(outputs):  # type: ignore[no-untyped-call]
+        _row_kernel[(rows,)](
+            outputs,
+            outputs.stride(0),
+            targets,
+            outputs if head.bias is None else head.bias.contiguous(),
+            nll if weights is None else weights,
+            nll,
+            vocabulary,
+            float(head.logit_scale),
+            1.0 if head.softcap is None else float(head.softcap),
+            HAS_BIAS=head.bias is not None,
+            HAS_SOFTCAP=head.softcap is not None,
+            GRADIENTS=weights is not None,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
+            num_warps=_WARPS,
+        )
     return nll
 
 

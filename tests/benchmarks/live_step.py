@@ -75,7 +75,7 @@ def _batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "labels": labels, "loss_weights": weights, "behavior_logprobs": behavior}
 
 
-def print_live_overhead(console: Console, threads: int, rounds: int = 9) -> None:
+def print_live_overhead(console: Console, threads: int, rounds: int = 7) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**MODEL, max_position_embeddings=LENGTH, tie_word_embeddings=True))
