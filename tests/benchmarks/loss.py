@@ -22,7 +22,6 @@ from pathlib import Path
 
 import click
 import torch
-from live_step import print_live_overhead
 from loss_methods import METHODS, Shape
 from loss_process import Gradients, Measured, MethodProcess, save_exact_gradients
 from rich.console import Console
@@ -196,6 +195,9 @@ def main(
         case = Case(shape, dtype, device, share)
         print_targets(case, compare(case, methods.split(","), rounds, threads, console), console)
     if live and device == "cpu":
+        # Here, because every process of a method imports this file, and transformers is a large import.
+        from live_step import print_live_overhead
+
         print_live_overhead(console, threads)
 
 
