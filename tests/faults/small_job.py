@@ -105,18 +105,15 @@ def mended(folder: Path) -> None:
         mend(store, folder / "mended.jsonl", Silent())
 
 
-def scored_but_for(*failures: str) -> Callable[[Path], None]:
-    """Scores with an engine that fails on some samples, or once more those that it failed on."""
+def scored_with_failures(folder: Path) -> None:
+    with writable_store(folder / STORE) as store:
+        source = engine_source(InProcess(("s1", "s3", "s4")), None)
+        score(store, ScoreSettings(policy="flaky", model="m"), source, Silent())
 
-    def scored(folder: Path) -> None:
-        with writable_store(folder / STORE) as store:
-            source = engine_source(InProcess(failures), None)
-            if "scores/flaky" in store.manifest.stages and store.stage("scores/flaky").complete:
-                rescore(store, "scores/flaky", source, Silent())
-            else:
-                score(store, ScoreSettings(policy="flaky", model="m"), source, Silent())
 
-    return scored
+def retried(folder: Path) -> None:
+    with writable_store(folder / STORE) as store:
+        rescore(store, "scores/flaky", engine_source(InProcess(), None), Silent())
 
 
 Step = Callable[[Path], None]
@@ -127,8 +124,8 @@ STEPS: dict[str, Step] = {
     "weight": weighted,
     "export": exported,
     "score with a model": modelled,
-    "score with failures": scored_but_for("s1", "s3", "s4"),
-    "quarantine retry": scored_but_for(),
+    "score with failures": scored_with_failures,
+    "quarantine retry": retried,
     "quarantine retry FILE": mended,
 }
 
