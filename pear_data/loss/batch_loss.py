@@ -56,9 +56,10 @@ class LossBatch:
         behavior = self._require_behavior()
         return live.weights(logprobs, behavior, self.scored, self.sequence_ids, self.negative)
 
-    def live_weights_of_rows(self, live: LivePear) -> LiveWeightsOfRows:
-        """As for samples that are not negative."""
-        return LiveWeightsOfRows(live, self._require_behavior(), self.scored, self.sequence_ids)
+    def live_weights_of_rows(self, live: LivePear, negatives: bool) -> LiveWeightsOfRows:
+        """Without `negatives` as for samples that are not negative."""
+        negative = self.negative if negatives else None
+        return LiveWeightsOfRows(live, self._require_behavior(), self.scored, self.sequence_ids, negative)
 
     def of_negatives(self, negative: bool) -> LossBatch:
         """With the targets of samples marked negative, or of the others, alone; sequences do not rest on each other."""

@@ -45,38 +45,35 @@ class RowGradients:
 
 
 def gradients_in_place(
-    outputs: Tensor, targets: Tensor, head: Head, weights: Tensor | WeightsOfNll
+    outputs: Tensor, targets: Tensor, head: Head, weights: Tensor | WeightsOfNll, at_once: bool = False
 ) -> RowGradients:
     """`outputs` [n, V] of `hidden @ weight.T` become the gradients by them of the sum of `weights` [n] * nll.
 
     `weights` have the dtype of the statistics. Where they rest on the log-probs, `weights(rows, nll)` is asked for
-    them: for one slice of the rows or for several, from the last to the first.
+    them: for one slice of the rows or for several, from the last to the first; `at_once` for all rows.
     """
+    dtype = statistics_dtype(outputs.dtype)
+    rounds = dtype != outputs.dtype
+    if not isinstance(weights, Tensor) and (_in_triton(outputs) or (at_once and rounds)):
+        weights = weights(slice(0, len(outputs)), negative_logprobs(outputs, targets, head))
     if _in_triton(outputs):
-        return _in_one_kernel(outputs, targets, head, weights)
-    nll = torch.empty(len(outputs), dtype=statistics_dtype(outputs.dtype), device=outputs.device)
-    used, factor = torch.empty_like(nll), torch.empty_like(nll)
-    for rows in reversed(_blocks(outputs, nll.dtype)):
-        values = outputs[rows].to(nll.dtype)
-        nll[rows], sums = _slopes(values, targets[rows], head)
-        used[rows] = weights[rows] if isinstance(weights, Tensor) else weights(rows, nll[rows])
-        torch.div(used[rows], sums / head.logit_scale, out=factor[rows])
-        if values.dtype != outputs.dtype:
-            torch.mul(values, factor[rows, None], out=outputs[rows])
-    return RowGradients(nll, used, factor if outputs.dtype == factor.dtype else None)
+        from pear_data.loss.epilogue_triton import gradients_in_place as in_one_kernel
 
-
-def _in_one_kernel(
-    outputs: Tensor, targets: Tensor, head: Head, weights: Tensor | WeightsOfNll
-) -> RowGradients:
-    """Weights that rest on the log-probs take the part of it that makes these beforehand."""
-    from pear_data.loss import epilogue_triton
-
-    if not isinstance(weights, Tensor):
-        rows = slice(0, len(outputs))
-        weights = weights(rows, epilogue_triton.negative_logprobs(outputs, targets, head))
-    nll = epilogue_triton.gradients_in_place(outputs, targets, head, weights)
-    return RowGradients(nll, weights, None)
+        assert isinstance(weights, Tensor)
+        return RowGradients(in_one_kernel(outputs, targets, head, weights), weights, None)
+    nll = torch.empty(len(outputs), dtype=dtype, device=outputs.device)
+    used, sums = torch.empty_like(nll), torch.empty_like(nll)
+    for rows in reversed(_blocks(outputs, dtype)):
+        values = outputs[rows].to(dtype)
+        nll[rows], sums[rows] = _slopes(values, targets[rows], head)
+        if rounds:
+            used[rows] = weights[rows] if isinstance(weights, Tensor) else weights(rows, nll[rows])
+            factor = used[rows] / (sums[rows] / head.logit_scale)
+            torch.mul(values, factor[:, None], out=outputs[rows])
+    if rounds:
+        return RowGradients(nll, used, None)
+    used = weights if isinstance(weights, Tensor) else weights(slice(0, len(outputs)), nll)
+    return RowGradients(nll, used, used / (sums / head.logit_scale))
 
 
 def negative_logprobs(outputs: Tensor, targets: Tensor, head: Head) -> Tensor:

@@ -7,7 +7,6 @@ cannot matter, because they are ignored or weigh nothing, are left out before th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pear_data.loss.chunks import split_rows
 from pear_data.loss.epilogue import (
     Head,
     WeightsOfNll,
@@ -25,13 +25,6 @@ from pear_data.loss.epilogue import (
 from pear_data.loss.fused_gradients import GradientSums
 
 WeightsOfRows = Callable[[Tensor, Tensor], Tensor]
-
-# By bytes of a logit. Smaller chunks spend their time on adding to the head's gradient, which is as large as the head.
-# In 16 bits several chunks take sums in float32, and on a CPU a fourth multiply to fill them: as large as fits in the
-# bytes below, then.
-_CHUNK_ROWS = {2: 2048, 4: 256, 8: 256}
-_LARGE_CHUNK_BYTES = 768 << 20
-_ROWS_OF_A_TILE = 128
 
 
 def linear_weighted_nll(
@@ -60,15 +53,20 @@ def linear_weighted_nll(
     `weights` [...] is a tensor, used under stop-gradient, or for live PEAR a callable `weights(rows, logprobs)`: it
     gets chunks of ascending indices into the flattened targets, **from the last chunk to the first**, with their
     float32 log-probs, and returns their weights. Suffix sums are then known in time and cost no fourth multiply. Then
-    only ignored rows are left out.
+    only ignored rows are left out. A callable may have a method `begins_of_sequences()` that returns None or a tensor
+    (int64, ascending, ranks among the rows that are not ignored): chunks are then parted there alone, and weights asked
+    for once a chunk, so that sums over whole sequences are known in time too. In 16 bits the log-probs then take one
+    more pass over a chunk's logits; on CUDA parting is one more wait for the device. Memory grows with the longest
+    sequence.
 
     Gradients are made in the forward pass and serve one backward pass; a second one (`retain_graph=True`) raises
     RuntimeError, and so does `create_graph=True`. Leaving rows out asks the device once how many remain: the one wait
     of host for device, which saves a third of the work where a third is masked. `backend` gives the work to another
     library (see `backends`). `chunk_rows` fixes how many rows go through the head at once; by default 256, in 16 bits
-    and on CUDA more, as long as their logits fit in 768 MiB. Over several chunks a head of 16 bits has its gradient
-    summed in float32, which until the backward pass takes twice the memory of the gradient, and on a CPU, which rounds
-    its products, a fourth multiply.
+    and on CUDA more, as long as their logits fit in 768 MiB; a chunk of whole sequences takes these until it has as
+    many rows, within the same bound. Over several chunks a head of 16 bits has its gradient summed in float32, which
+    until the backward pass takes twice the memory of the gradient, and on a CPU, which rounds its products, a fourth
+    multiply.
 
     Raises ValueError for shapes, dtypes and devices that do not fit together, an unknown backend, and a sharded head (a
     DTensor): call this inside the forward of the module that FSDP gathers. A target outside the vocabulary raises
@@ -115,7 +113,7 @@ def linear_logprobs(
     layer = _for_multiplies(Head(head, bias, logit_scale, softcap), hidden)
     out = torch.zeros(len(wanted), dtype=statistics_dtype(layer.weight.dtype), device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        chunks = _chunks(layer.weight, rows, chunk_rows)
+        chunks = split_rows(layer.weight, rows, chunk_rows, None)
         for chunk, _, outputs in _outputs(hidden.reshape(-1, hidden.shape[-1]), layer.weight, chunks):
             out[chunk] = -negative_logprobs(outputs, wanted[chunk], layer)
     return out.view(targets.shape)
@@ -141,7 +139,8 @@ class _LinearWeightedNLL(torch.autograd.Function):
         # `needs_input_grad` is true under no_grad as well.
         wanted = [needed and grad_enabled for needed in ctx.needs_input_grad[:3]]
         layer = _for_multiplies(layer, hidden)
-        chunks = _chunks(layer.weight, rows, chunk_rows)
+        begins = _begins_of_sequences(weights)
+        chunks = split_rows(layer.weight, rows, chunk_rows, begins)
         total = torch.zeros((), dtype=statistics_dtype(layer.weight.dtype), device=hidden.device)
         sums = GradientSums(hidden, layer.weight, bias, wanted, len(chunks)) if any(wanted) else None
         # float16 would lose what a large denominator makes small, and a scaled loss comes with the backward pass.
@@ -150,7 +149,7 @@ class _LinearWeightedNLL(torch.autograd.Function):
             for chunk, states, outputs in _outputs(hidden, layer.weight, chunks):
                 weigh = _weights_of_chunk(weights, chunk, before, total.dtype)
                 if sums is not None:
-                    known = gradients_in_place(outputs, targets[chunk], layer, weigh)
+                    known = gradients_in_place(outputs, targets[chunk], layer, weigh, begins is not None)
                     nll, of_rows = known.nll, known.weights
                     sums.add(chunk, states, outputs, known.factor)
                 else:
@@ -174,18 +173,9 @@ class _LinearWeightedNLL(torch.autograd.Function):
         return *gradients.scaled(grad_output / ctx.after, ctx.dtypes), *[None] * 7
 
 
-def _chunks(weight: Tensor, rows: Tensor, chunk_rows: int | None) -> tuple[Tensor, ...]:
-    """Parts of `rows` that go through the head at once, of about one size."""
-    if not len(rows):
-        return ()
-    size = chunk_rows
-    if size is None:
-        size = _CHUNK_ROWS[weight.element_size()]
-        if weight.is_cuda or weight.element_size() == 2:
-            size = max(size, _LARGE_CHUNK_BYTES // (len(weight) * weight.element_size()))
-        even = math.ceil(len(rows) / math.ceil(len(rows) / size))
-        size = min(size, math.ceil(even / _ROWS_OF_A_TILE) * _ROWS_OF_A_TILE)
-    return torch.split(rows, size)
+def _begins_of_sequences(weights: Tensor | WeightsOfRows) -> Tensor | None:
+    begins = getattr(weights, "begins_of_sequences", None)
+    return begins() if begins is not None else None
 
 
 def _weights_of_chunk(
@@ -206,7 +196,7 @@ def _outputs(
     hidden: Tensor, weight: Tensor, chunks: tuple[Tensor, ...]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(rows, their hidden states, hidden @ weight.T) from the last chunk to the first, one memory for all products."""
-    buffer = weight.new_empty(len(chunks[0]) if chunks else 0, len(weight))
+    buffer = weight.new_empty(max(map(len, chunks), default=0), len(weight))
     for chunk in reversed(chunks):
         states = hidden[chunk].to(weight.dtype)
         yield chunk, states, torch.mm(states, weight.T, out=buffer[: len(chunk)])

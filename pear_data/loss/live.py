@@ -109,18 +109,22 @@ class LivePear:
         # Slot `rank` of `ratios_by_rank` is the rank-th scored token's; what is not scored adds 0 to a slot.
         ratios_by_rank = ratios.new_zeros(ratios.numel() + 1).scatter_add_(0, spans.rank, ratios)
         sums = _suffix_sums(ratios_by_rank)
-        weights = self._weights(spans, sums, self.level)
-        if negative is not None:
-            of_negatives = self._weights(spans, sums, "sequence") * -self.negative_scale
-            weights = torch.where(negative.reshape(-1).bool(), of_negatives, weights)
+        weights = self._weights(spans, sums, None if negative is None else negative.reshape(-1).bool())
         return weights.view(logprobs.shape).masked_fill(~scored, 0.0)
 
     def _log_ratios(self, logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:
         ratios = logprobs.detach().double() - behavior_logprobs.to(logprobs.device).double()
         return ratios.clamp(*self.clip_log_ratio)
 
-    def _weights(self, spans: _Spans, sums: Tensor, level: Level) -> Tensor:
+    def _weights(self, spans: _Spans, sums: Tensor, negative: Tensor | None) -> Tensor:
         """float32, one for each entry of `spans`. `sums[r]`: log-ratios of the r-th scored token and all after it."""
+        weights = self._weights_of_level(spans, sums, self.level)
+        if negative is None:
+            return weights
+        of_negatives = self._weights_of_level(spans, sums, "sequence") * -self.negative_scale
+        return torch.where(negative, of_negatives, weights)
+
+    def _weights_of_level(self, spans: _Spans, sums: Tensor, level: Level) -> Tensor:
         after, discount = spans.continuation(level, self.block_size)
         log_weights = sums[after] - sums[spans.end] + discount * math.log(self.gamma)
         return log_weights.clamp(*self.clip_log_weight).exp().float()
@@ -129,9 +133,8 @@ class LivePear:
 class LiveWeightsOfRows:
     """Live weights for `linear_weighted_nll`, which asks for them a chunk at a time, from the last chunk to the first.
 
-    A token's weight rests on the tokens after it (its block's too), so by then all it takes is known. Not for the level
-    `sequence` and not for negatives, whose weight rests on the whole sequence: `linear_logprobs` and `live_weights`
-    then.
+    A token's weight rests on the tokens after it (its block's too), so by then all it takes is known. For the level
+    `sequence`, and where there are negatives, it rests on the whole sequence: chunks then consist of whole ones.
     """
 
     def __init__(
@@ -140,16 +143,19 @@ class LiveWeightsOfRows:
         behavior_logprobs: Tensor,
         mask: Tensor,
         sequence_ids: Tensor | None = None,
+        negative: Tensor | None = None,
     ) -> None:
-        """`behavior_logprobs`, `mask` and `sequence_ids` as in `live_weights`; `mask` is where targets are not ignored.
+        """The arguments as in `live_weights`; `mask` is where targets are not ignored.
 
-        Raises ValueError for the level `sequence`.
+        Raises ValueError for shapes that differ.
         """
-        if settings.level == "sequence":
-            raise ValueError("a sequence-level weight needs the whole sequence's log-probs first")
-        _require_one_shape(behavior_logprobs=behavior_logprobs, mask=mask, sequence_ids=sequence_ids)
+        _require_one_shape(
+            behavior_logprobs=behavior_logprobs, mask=mask, sequence_ids=sequence_ids, negative=negative
+        )
         self._settings = settings
         self._behavior = behavior_logprobs.reshape(-1)
+        self._mask = mask.reshape(-1).bool()
+        self._negative = None if negative is None else negative.reshape(-1).bool()
         self._spans = _spans(mask.bool(), sequence_ids)
         self._sums = torch.zeros(mask.numel() + 1, dtype=torch.float64, device=mask.device)
 
@@ -158,7 +164,19 @@ class LiveWeightsOfRows:
         ratios = self._settings._log_ratios(logprobs, self._behavior[rows])
         spans = self._spans.of(rows)
         self._sums[spans.rank] = _suffix_sums(ratios)[:-1] + self._sums[spans.rank[-1:] + 1]
-        return self._settings._weights(spans, self._sums, self._settings.level)
+        negative = None if self._negative is None else self._negative[rows]
+        return self._settings._weights(spans, self._sums, negative)
+
+    def begins_of_sequences(self) -> Tensor | None:
+        """Ranks among the scored tokens [S], ascending, where calls must be parted; None where they may be anywhere."""
+        if self._settings.level != "sequence" and self._negative is None:
+            return None
+        return self._spans.rank[self._mask & (self._spans.rank == self._spans.begin)]
+
+    def longest_sequence(self) -> int:
+        """Its scored tokens."""
+        lengths = self._spans.end - self._spans.begin
+        return int(lengths.max()) if len(lengths) else 0
 
 
 @dataclass(frozen=True, slots=True)

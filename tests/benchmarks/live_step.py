@@ -1,8 +1,9 @@
 """What live weights add to a training step: forward and backward of a small real transformer, attached, on a CPU.
 
-Copies of one model on one batch, with frozen weights and with live ones (blocks of four, the default, and whole
-sequences), in turn, in one process. The share is the median of the rounds' own; of it, what the arithmetic of the
-weights takes is also measured by itself, because it is less than the noise of a busy machine.
+Copies of one model on one batch, with frozen weights and with live ones (blocks of four, the default, whole sequences,
+and blocks with one of the two samples negative, whose weight is its sequence's), in turn, in one process. The share is
+the median of the rounds' own; of it, what the arithmetic of the weights takes is also measured by itself, because it is
+less than the noise of a busy machine.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ MODEL = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
 }
+NEGATIVES = "live, a negative"
 WEIGHTS = {
     "frozen": None,
     "live, blocks": LivePear(),
     "live, sequences": LivePear(level="sequence"),
+    NEGATIVES: LivePear(negative_scale=0.5),
 }
 LOSSES = ("full logits", "fused")
 TARGET = 0.02
@@ -85,12 +88,14 @@ def print_live_overhead(console: Console, threads: int, rounds: int = 7) -> None
         for name, live in WEIGHTS.items()
     }
     clock, batch = WeightsClock(), _batch()
+    sign = torch.tensor([-1.0, 1.0])[:, None]
+    with_a_negative = batch | {"loss_weights": batch["loss_weights"] * sign}
     seconds: dict[Kind, list[float]] = {kind: [] for kind in models}
     of_weights: dict[Kind, list[float]] = {kind: [] for kind in models}
     for number in track(range(rounds + 1), "rounds", console=Console(stderr=True), transient=True):
         for kind, attached in models.items():
             clock.seconds = 0.0
-            spent = _step(attached, batch)
+            spent = _step(attached, with_a_negative if kind[1] == NEGATIVES else batch)
             if number:  # the first one warms up
                 seconds[kind].append(spent)
                 of_weights[kind].append(clock.seconds)
@@ -100,7 +105,7 @@ def print_live_overhead(console: Console, threads: int, rounds: int = 7) -> None
         f"{SEQUENCES} x {LENGTH} tokens; {threads} thread{'s' if threads > 1 else ''}, {rounds} rounds"
     )
     console.print(_table(seconds, of_weights))
-    console.print(f"target for blocks: {TARGET:.0%} of a step")
+    console.print(f"target for each: {TARGET:.0%} of a step")
 
 
 def _step(model: Any, batch: dict[str, torch.Tensor]) -> float:

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from pear_data.loss import LivePear, PearCollator, attach
+from pear_data.loss import LivePear, PearCollator, attach, batch_loss_fused, chunks
 from pear_data.loss.weighted_loss import WeightedLoss
 
 TINY: dict[str, Any] = {
@@ -76,6 +76,7 @@ ROWS = [
     },
 ]
 BATCH = PearCollator(0)(ROWS)
+WITH_A_NEGATIVE = [{**ROWS[0], "loss_weights": [0, 0, -1, -1, -1, -1, -1]}, *ROWS[1:]]
 TOLERANCE = 2e-6
 
 
@@ -119,18 +120,34 @@ def test_loss_and_gradients_are_those_of_the_logits(name: str) -> None:
         assert fused(**BATCH).aux_loss == whole(**BATCH).aux_loss != 0
 
 
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("padding_free", [False, True])
 @pytest.mark.parametrize("level", ["token", "block", "sequence"])
 @pytest.mark.parametrize("negative_scale", [0.0, 0.5])
-def test_live_weights(level: Any, padding_free: bool, negative_scale: float) -> None:
+def test_live_weights(
+    monkeypatch: pytest.MonkeyPatch, level: Any, padding_free: bool, negative_scale: float, fits: bool
+) -> None:
+    """Whether whole sequences fit in a chunk, or their log-probs come first."""
+    monkeypatch.setattr(chunks, "_CHUNK_ROWS", {4: 4 if fits else 1})
+    monkeypatch.setattr(chunks, "_LARGE_CHUNK_BYTES", 5 * 61 * 4 if fits else 0)
     live = LivePear(level=level, negative_scale=negative_scale, block_size=2)
-    batch = PearCollator(0, padding_free)(
-        [{**ROWS[0], "loss_weights": [0, 0, -1, -1, -1, -1, -1]}, *ROWS[1:]]
-    )
+    batch = PearCollator(0, padding_free)(WITH_A_NEGATIVE)
     whole, fused = attach(make(), live=live), attach(make(), fused=True, live=live)
     require_equal(fused, whole, batch)
     positive = PearCollator(0, padding_free)([ROWS[1], ROWS[2]])
     require_equal(fused, whole, positive)
+
+
+@pytest.mark.parametrize("backend", ["ours", "torch"])
+@pytest.mark.parametrize("live", [LivePear("token"), LivePear("sequence"), LivePear(negative_scale=0.5)])
+def test_live_weights_put_no_token_through_the_head_twice(
+    monkeypatch: pytest.MonkeyPatch, live: LivePear, backend: str
+) -> None:
+    twice: list[Tensor] = []
+    monkeypatch.setattr(batch_loss_fused, "linear_logprobs", lambda *args, **_: twice.append(args[0]))
+    fused = attach(make(), fused=True, live=live, backend=backend)
+    require_equal(fused, attach(make(), live=live), PearCollator(0)(WITH_A_NEGATIVE))
+    assert not twice
 
 
 def test_padding_free_batches_rows_that_weigh_nothing_and_no_labels() -> None:

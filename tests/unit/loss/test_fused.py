@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -392,7 +393,7 @@ def test_logprobs_are_those_of_whole_logits(head: dict[str, Any]) -> None:
 def test_live_weights_are_asked_for_from_the_last_chunk_to_the_first(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """And within a chunk from the last rows in the processor's cache to the first."""
+    """And in 16 bits within a chunk from the last rows in the processor's cache to the first."""
     monkeypatch.setattr(epilogue, "_CACHE_BYTES_A_THREAD", 3 * 4 * VOCAB)
     given = problem(dtype=dtype)
     weights = given.weights.flatten()
@@ -412,9 +413,11 @@ def test_live_weights_are_asked_for_from_the_last_chunk_to_the_first(
     for gradient, right in zip(torch.autograd.grad(loss, given.inputs), gradients, strict=True):
         assert relative_error(gradient, right) <= tolerance
     scored = (given.targets.flatten() != -100).nonzero()[:, 0]
-    assert len(seen) > len(scored) / 16 + 2
+    chunks = math.ceil(len(scored) / 16)
+    assert len(seen) == chunks if dtype == torch.float32 else len(seen) > chunks + 1
     torch.testing.assert_close(torch.cat(seen), scored)
-    assert counted.products == 3 * len(scored)
+    # Of a head of 16 bits over several chunks what its gradient's sums round off is multiplied as well.
+    assert counted.products == (3 if dtype == torch.float32 else 4) * len(scored)
     everywhere = linear_logprobs(given.hidden, given.head, given.targets).flatten()
     torch.testing.assert_close(logprobs, everywhere, rtol=0, atol=2e-6)
 

@@ -95,6 +95,31 @@ def test_chunks_from_the_last_to_the_first_give_the_same(
     torch.testing.assert_close(found.view(whole.shape), whole, rtol=1e-6, atol=1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=batches(), level=st.sampled_from(LEVELS), has_negatives=st.booleans(), sequences=st.integers(1, 5)
+)
+def test_chunks_of_whole_sequences_give_the_same(
+    batch: dict[str, Any], level: Any, has_negatives: bool, sequences: int
+) -> None:
+    live = LivePear(level=level, negative_scale=0.5)
+    columns = [batch["behavior"], batch["mask"], batch["ids"], batch["negative"] if has_negatives else None]
+    whole = live.weights(batch["target"], *columns)
+    of_rows = LiveWeightsOfRows(live, *columns)
+    rows, begins = batch["mask"].reshape(-1).nonzero()[:, 0], of_rows.begins_of_sequences()
+    if begins is None:
+        assert level != "sequence"
+        assert not has_negatives
+        begins = torch.arange(len(rows))
+    lengths = torch.tensor([len(part) for part in torch.tensor_split(rows, begins[1:])])
+    assert has_negatives or level != "sequence" or of_rows.longest_sequence() == int(lengths.max())
+    found = torch.zeros(batch["mask"].numel())
+    for part in reversed(torch.tensor_split(rows, begins[sequences::sequences])):
+        if len(part):
+            found[part] = of_rows(part, batch["target"].reshape(-1)[part])
+    torch.testing.assert_close(found.view(whole.shape), whole, rtol=1e-6, atol=1e-9)
+
+
 def test_no_gradient_flows_through_them() -> None:
     logprobs = torch.randn(2, 5).requires_grad_()
     assert not live_weights(logprobs, torch.randn(2, 5), torch.ones(2, 5)).requires_grad
@@ -116,10 +141,9 @@ def test_nothing_waits_for_the_device(level: Any) -> None:
     live = LivePear(level=level, negative_scale=0.5)
     with WaitsForTheDevice():
         live.weights(logprobs, logprobs - 0.1, mask, ids, negative)
-        if level != "sequence":
-            of_rows = LiveWeightsOfRows(live, logprobs - 0.1, torch.ones_like(mask), ids)
-            of_rows(torch.arange(9, 18), logprobs[1])
-            of_rows(torch.arange(9), logprobs[0])
+        of_rows = LiveWeightsOfRows(live, logprobs - 0.1, torch.ones_like(mask), ids, negative)
+        of_rows(torch.arange(9, 18), logprobs[1])
+        of_rows(torch.arange(9), logprobs[0])
 
 
 @pytest.mark.parametrize(
@@ -137,8 +161,8 @@ def test_settings_outside_their_bounds_are_refused(options: dict[str, Any], mess
         LivePear(**options)
 
 
-def test_shapes_that_differ_and_a_level_of_whole_sequences_are_refused() -> None:
+def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match=r"behavior_logprobs \[2, 4\].*must have one shape"):
         live_weights(torch.zeros(2, 5), torch.zeros(2, 4), torch.ones(2, 5))
-    with pytest.raises(ValueError, match="needs the whole sequence"):
-        LiveWeightsOfRows(LivePear(level="sequence"), torch.zeros(5), torch.ones(5))
+    with pytest.raises(ValueError, match=r"mask \[5\], negative \[4\] must have one shape"):
+        LiveWeightsOfRows(LivePear(), torch.zeros(5), torch.ones(5), negative=torch.zeros(4))
