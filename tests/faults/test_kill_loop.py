@@ -14,7 +14,7 @@ from zygote import Zygote
 from pear_data import open_store
 
 SAMPLES = 30  # 10 shards
-KILLS = 5
+KILLS = 3
 
 
 def committed(folder):
