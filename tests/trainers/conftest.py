@@ -4,7 +4,7 @@ import gzip
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,21 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import own_environment
+from own_environment import Environments, OwnEnvironment, install
 
 from pear_data.cli.entry import run
 from pear_data.demo import asset
-
-Environments = Callable[[str, Sequence[str]], own_environment.OwnEnvironment]
 
 
 @pytest.fixture(scope="session")
 def environments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Environments]:
     """Environments by name, each installed when it is first asked for, all removed at the end."""
-    made: dict[str, own_environment.OwnEnvironment] = {}
+    made: dict[str, OwnEnvironment] = {}
     folder = tmp_path_factory.mktemp("environments")
 
-    def environment(name: str, requirements: Sequence[str]) -> own_environment.OwnEnvironment:
+    def environment(name: str, requirements: Sequence[str]) -> OwnEnvironment:
         if name not in made:
-            made[name] = own_environment.install(folder / name, requirements)
+            made[name] = install(folder / name, requirements)
         return made[name]
 
     yield environment

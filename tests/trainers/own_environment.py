@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,9 @@ class OwnEnvironment:
             "MODELSCOPE_CACHE": str(self.caches / "modelscope"),
             "XDG_CACHE_HOME": str(self.caches),
         }
+
+
+Environments = Callable[[str, Sequence[str]], OwnEnvironment]
 
 
 def install(folder: Path, requirements: Sequence[str]) -> OwnEnvironment:

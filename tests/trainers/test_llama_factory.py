@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Environments
 from one_step import Sample, largest_difference, parameters_after, parameters_in
-from own_environment import OwnEnvironment
+from own_environment import Environments, OwnEnvironment
 from pages import blocks, words
 from transformers import AutoTokenizer
 

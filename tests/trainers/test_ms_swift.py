@@ -8,9 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Environments
 from one_step import Sample, largest_difference, parameters_after, parameters_in, stored_samples
-from own_environment import OwnEnvironment
+from own_environment import Environments, OwnEnvironment
 from pages import blocks, words
 from torch import Tensor
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Environments
 from one_step import stored_samples
+from own_environment import Environments
 from pages import blocks, words
 from transformers import AutoModelForCausalLM
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Environments
 from one_step import largest_difference, parameters_after, parameters_in, stored_samples
-from own_environment import OwnEnvironment
+from own_environment import Environments, OwnEnvironment
 from pages import blocks, words
 
 from pear_data import open_store
