@@ -11,7 +11,7 @@ from torch import Tensor
 # By bytes of a logit. Smaller chunks spend their time on adding to the head's gradient, which is as large as the head.
 # In 16 bits several chunks take sums in float32, and on a CPU a fourth multiply to fill them: as large as fits in the
 # bytes below, then.
-_CHUNK_ROWS = {2: 2048, 4: 256, 8: 256}
+_CHUNK_ROWS = {2: 2048, 4: 512, 8: 256}
 _LARGE_CHUNK_BYTES = 768 << 20
 _ROWS_OF_A_TILE = 128
 

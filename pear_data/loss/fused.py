@@ -62,7 +62,7 @@ def linear_weighted_nll(
     Gradients are made in the forward pass and serve one backward pass; a second one (`retain_graph=True`) raises
     RuntimeError, and so does `create_graph=True`. Leaving rows out asks the device once how many remain: the one wait
     of host for device, which saves a third of the work where a third is masked. `backend` gives the work to another
-    library (see `backends`). `chunk_rows` fixes how many rows go through the head at once; by default 256, in 16 bits
+    library (see `backends`). `chunk_rows` fixes how many rows go through the head at once; by default 512, in 16 bits
     and on CUDA more, as long as their logits fit in 768 MiB; a chunk of whole sequences takes these until it has as
     many rows, within the same bound. Over several chunks a head of 16 bits has its gradient summed in float32, which
     until the backward pass takes twice the memory of the gradient, and on a CPU, which rounds its products, a fourth

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-SHAPES = {"cpu": Shape(2048, 32_768, 768), "cuda": Shape(8192, 151_936, 4096)}
+SHAPES = {"cpu": Shape(4096, 49_152, 576), "cuda": Shape(8192, 151_936, 4096)}
 CASES = {
     "cpu": [("float32", 0.0), ("float32", 0.35), ("bfloat16", 0.0)],
     "cuda": [("bfloat16", 0.0), ("bfloat16", 0.35)],

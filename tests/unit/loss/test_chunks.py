@@ -28,16 +28,16 @@ def test_chunks_are_whole_sequences_until_there_are_enough_rows(lengths: list[in
 
 
 def test_no_sequence_is_added_beyond_the_bytes_of_a_large_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "_LARGE_CHUNK_BYTES", 300 * VOCABULARY * 4)
+    monkeypatch.setattr(chunks, "_LARGE_CHUNK_BYTES", 600 * VOCABULARY * 4)
     begins = torch.tensor([0, 200, 350, 360, 700, 701])
     parts = split_rows(HEAD, torch.arange(1000), None, begins)
-    assert [len(part) for part in parts] == [200, 160, 340, 300]
-    assert fits_in_a_chunk(HEAD, 300)
-    assert not fits_in_a_chunk(HEAD, 301)
+    assert [len(part) for part in parts] == [360, 341, 299]
+    assert fits_in_a_chunk(HEAD, 600)
+    assert not fits_in_a_chunk(HEAD, 601)
 
 
 def test_without_sequences_they_are_even() -> None:
-    assert [len(part) for part in split_rows(HEAD, torch.arange(520), None, None)] == [256, 256, 8]
-    assert [len(part) for part in split_rows(HEAD, torch.arange(300), None, None)] == [256, 44]
+    assert [len(part) for part in split_rows(HEAD, torch.arange(1100), None, None)] == [384, 384, 332]
+    assert [len(part) for part in split_rows(HEAD, torch.arange(300), None, None)] == [300]
     assert [len(part) for part in split_rows(HEAD, torch.arange(10), 4, None)] == [4, 4, 2]
     assert split_rows(HEAD, torch.arange(0), None, torch.arange(0)) == ()
