@@ -139,7 +139,7 @@ CAMPAIGNS: dict[str, Callable[[Path], Row]] = {
     "writers": tested("two writers", "each command, while a lock is held", "nothing: exit 1", "test_two_writers.py"),
     "commands": tested(
         "kill -9, Ctrl-C", "of commands with a model, of weighting workers", "shards in work",
-        "test_interrupted_scoring.py", "../workers/test_weighting_workers.py",
+        "../workers/test_interrupted_scoring.py", "../workers/test_weighting_workers.py",
     ),
 }  # fmt: skip
 
